@@ -1,0 +1,210 @@
+"""Loading, saving and identifying ONNX models. In memory a model is an `onnx_ir.Model`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from graphopt.errors import ModelError, nearest
+
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+PROTOBUF_LIMIT_BYTES = 2_147_483_647
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of a graph input or output; a dynamic dimension is its name or None."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...]
+
+    @property
+    def is_static(self) -> bool:
+        return all(isinstance(d, int) for d in self.shape)
+
+    def __str__(self) -> str:
+        dims = ",".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a caller sees of a model; no pass may change it."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def is_static(self) -> bool:
+        return all(spec.is_static for spec in self.inputs)
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read and check an ONNX file. Raises ModelError: missing, not ONNX, truncated, invalid, unknown domain."""
+    file = Path(path).absolute()  # a relative path would skip the containment check of external data
+    if not file.exists():
+        raise ModelError(f"no such file: {path}")
+    if file.is_dir():
+        raise ModelError(f"{path} is a folder, not an ONNX file")
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    if file.stat().st_size == 0:
+        raise ModelError(f"{path} is empty, not an ONNX file")
+    try:
+        model = ir.load(file)
+    except google.protobuf.message.DecodeError:
+        raise ModelError(f"{path} is not an ONNX file, or it is truncated") from None
+    except (ValueError, TypeError, OSError, ir.serde.SerdeError) as error:
+        raise ModelError(f"cannot read {path}: {_first_line(error)}") from error
+    if len(model.graph) == 0 and not model.graph.outputs:
+        raise ModelError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
+    _check_external_data(model, file)
+    check(model, str(path), file)
+    return model
+
+
+def check(model: ir.Model, what: str, file: Path | None = None) -> None:
+    """ONNX's checker with full shape inference. Raises ModelError naming `what`."""
+    for opset in model.opset_imports:
+        if opset not in KNOWN_DOMAINS:
+            users = [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == opset]
+            if users and not any(key[0] == opset for key in model.functions):
+                raise ModelError(
+                    f"{what} uses operator {users[0].op_type!r} of unknown domain {opset!r}",
+                    node=users[0].name or users[0].outputs[0].name,
+                    hint=f"known domains: {', '.join(sorted(d or 'ai.onnx' for d in KNOWN_DOMAINS if d != 'ai.onnx'))}",
+                )
+    try:
+        if file is not None:
+            onnx.checker.check_model(str(file), full_check=True)
+        else:
+            onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise ModelError(f"{what} is not a valid ONNX model: {_first_line(error)}") from error
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write `path` whole or not at all; tensors go to `<name>.data` beside it when over protobuf's limit."""
+    file = Path(path).absolute()
+    large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".saving-") as folder:
+        staged = Path(folder) / file.name
+        if large > PROTOBUF_LIMIT_BYTES // 2:
+            data = f"{file.name}.data"
+            ir.save(model, staged, external_data=data)
+            os.replace(Path(folder) / data, file.parent / data)
+        else:
+            staged.write_bytes(to_bytes(model))
+        os.replace(staged, file)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The model serialised deterministically: the same model gives the same bytes."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def digest(model: ir.Model) -> str:
+    """sha256 of the serialised model."""
+    return hashlib.sha256(to_bytes(model)).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file."""
+    sha = hashlib.sha256()
+    with Path(path).open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def signature(model: ir.Model) -> Signature:
+    """The inputs that a caller must feed (initializers that are also inputs left out) and the outputs."""
+    initial = model.graph.initializers
+    feeds = [v for v in model.graph.inputs if v.name not in initial]
+    return Signature(tuple(_spec(v) for v in feeds), tuple(_spec(v) for v in model.graph.outputs))
+
+
+def parameter_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers and constants."""
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    for node in model.graph:
+        if node.op_type == "Constant":
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            total += tensor.nbytes if tensor is not None else 0
+    return total
+
+
+def fix_inputs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    """A copy whose named inputs have these static shapes. Raises ModelError: unknown input, rank, conflict."""
+    if not shapes:
+        return model
+    fixed = model.clone()
+    by_name = {v.name: v for v in fixed.graph.inputs}
+    named: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in by_name:
+            near = nearest(name, [n for n in by_name if n])
+            hint = f"did you mean {near!r}?" if near else f"its inputs are: {', '.join(map(str, by_name))}"
+            raise ModelError(f"the model has no input {name!r}", hint=hint)
+        value = by_name[name]
+        old = value.shape
+        if old is not None and len(old) != len(shape):
+            raise ModelError(
+                f"input {name!r} has rank {len(old)}, --input gives {len(shape)} dimensions",
+                hint=f"it is {_spec(value)}",
+            )
+        for axis, (want, have) in enumerate(zip(shape, old if old is not None else (), strict=False)):
+            if isinstance(have, int) and have != want:
+                raise ModelError(f"input {name!r}: dimension {axis} is fixed to {have}, --input gives {want}")
+            label = None if isinstance(have, int) else have.value
+            if label is not None and named.setdefault(label, want) != want:
+                raise ModelError(f"dimension {label!r} cannot be both {named[label]} and {want}")
+        value.shape = ir.Shape(shape)
+    for value in fixed.graph.inputs:  # a named dimension fixed on one input is fixed on all
+        if value.shape is not None and any(not isinstance(d, int) and d.value in named for d in value.shape):
+            value.shape = ir.Shape([d if isinstance(d, int) else named.get(str(d.value), d) for d in value.shape])
+    for node in fixed.graph:  # recorded shapes of inner values and outputs may be stale now
+        for value in node.outputs:
+            value.shape = None if not value.is_graph_output() else value.shape
+    for value in fixed.graph.outputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([None if not isinstance(d, int) else d for d in value.shape])
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(fixed), data_prop=True))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None:
+        raise ModelError(f"{value.name!r} is not a tensor: sequence, map and optional inputs are not supported")
+    dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()), dims)
+
+
+def _check_external_data(model: ir.Model, file: Path) -> None:
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            try:
+                tensor.numpy()
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"external data of {value.name!r} cannot be read: {_first_line(error)}",
+                    hint=f"put {tensor.location} beside {file.name}; links that leave its folder are refused",
+                ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

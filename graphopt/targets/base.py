@@ -1,0 +1,89 @@
+"""What a target is: it lowers a model, tunes and builds it, and says what it can do."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import onnx_ir as ir
+
+from graphopt import spec
+from graphopt.capabilities import Capabilities
+from graphopt.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What the tuner decided and what it cost."""
+
+    tasks: int
+    """Distinct workloads that a schedule template matches."""
+    from_database: int
+    """Of these, how many needed no search."""
+    trials: int
+    seconds: float
+    digest: str
+    """sha256 of the decisions, in a canonical order: equal digests build equal code."""
+    rows: tuple[Mapping[str, Any], ...] = ()
+    """One per task: workload, template, decision, time_us, gflops, calls."""
+    stopped_early: bool = False
+    """True when the time budget ended before every task was searched; the best so far was kept."""
+
+
+class Lowered(Protocol):
+    """A model in a target's own form; opaque to everybody but the target that made it."""
+
+
+@dataclass(frozen=True)
+class Target(abc.ABC):
+    """Base of every target: a frozen dataclass whose fields are its options, e.g. `cpu{mcpu=cascadelake}`."""
+
+    name: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What passes may count on."""
+
+    @abc.abstractmethod
+    def lower(self, model: ir.Model) -> Lowered:
+        """Translate a model with static input shapes.
+
+        Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated.
+        """
+
+    @abc.abstractmethod
+    def tune(
+        self,
+        lowered: Lowered,
+        *,
+        seconds: float,
+        database: Path,
+        seed: int = 0,
+        progress: Progress = SILENT,
+    ) -> TuningReport:
+        """Choose a schedule for every workload, within `seconds`, starting from `database` and adding to it.
+
+        KeyboardInterrupt keeps the best so far in the database and is raised again.
+        """
+
+    @abc.abstractmethod
+    def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
+        """Compile with the decisions that `tune` made; write into `folder`, return the names of the files."""
+
+    def __str__(self) -> str:
+        return str(spec.unbind(self.name, self))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A row of `graphopt doctor`."""
+
+    what: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,38 @@
+"""Fixtures every test may use. Shared models and pictures are not part of the project: absent, tests skip."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("GRAPHOPT_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture
+def shared_model():
+    """A function from the name of a shared model to its path; skips where the shared models are absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "models" / f"{name}.onnx"
+        if not path.is_file():
+            pytest.skip(f"shared model {name} is not on this machine (set GRAPHOPT_SHARED)")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def shared_images() -> Path:
+    """The folder of labelled pictures; skips where it is absent."""
+    if not (SHARED / "images" / "labels.csv").is_file():
+        pytest.skip("the shared pictures are not on this machine (set GRAPHOPT_SHARED)")
+    return SHARED / "images"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's schedule database."""
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path_factory.getbasetemp() / "graphopt-cache"))
