@@ -1,0 +1,90 @@
+"""Which passes and targets exist: the built-in ones below, and any package's by entry point.
+
+A package adds its own with, in its pyproject.toml,
+
+    [project.entry-points."graphopt.passes"]
+    my-pass = "my_package.my_module:MyPass"
+
+and the same with the group `graphopt.targets` for targets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TypeVar
+
+from graphopt import spec
+from graphopt.errors import SpecError, nearest
+from graphopt.passes.base import Pass
+from graphopt.targets.base import Target
+
+BUILTIN_PASSES = {
+    "simplify": "graphopt.passes.simplify:Simplify",
+    "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
+    "quantize-int8": "graphopt.passes.quantize_int8:QuantizeInt8",
+}
+BUILTIN_TARGETS = {
+    "cpu": "graphopt.targets.cpu:Cpu",
+}
+PASS_GROUP = "graphopt.passes"
+TARGET_GROUP = "graphopt.targets"
+
+Base = TypeVar("Base", Pass, Target)
+
+
+def pass_names() -> tuple[str, ...]:
+    """Names of all passes: built-in ones in the order a pipeline wants them, then plugins by name."""
+    return _names(BUILTIN_PASSES, PASS_GROUP)
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of all targets."""
+    return _names(BUILTIN_TARGETS, TARGET_GROUP)
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass of this name. Raises SpecError (with the nearest name) when there is none or it cannot load."""
+    return _load(name, BUILTIN_PASSES, PASS_GROUP, Pass, "pass")
+
+
+def target_class(name: str) -> type[Target]:
+    """The target of this name. Raises SpecError as `pass_class` does."""
+    return _load(name, BUILTIN_TARGETS, TARGET_GROUP, Target, "target")
+
+
+def parse_target(text: str | Target) -> Target:
+    """`cpu{mcpu=cascadelake}` -> Cpu(mcpu="cascadelake"). Raises SpecError."""
+    if isinstance(text, Target):
+        return text
+    parsed = spec.parse(text)
+    return spec.bind(parsed, target_class(parsed.name), "target")
+
+
+def parse_pass(parsed: spec.Spec) -> Pass:
+    """Bind a parsed spec to its pass. Raises SpecError."""
+    return spec.bind(parsed, pass_class(parsed.name), "pass")
+
+
+def _names(builtin: dict[str, str], group: str) -> tuple[str, ...]:
+    plugged = {point.name for point in importlib.metadata.entry_points(group=group)}
+    return tuple(builtin) + tuple(sorted(plugged - set(builtin)))
+
+
+def _load(name: str, builtin: dict[str, str], group: str, base: type[Base], kind: str) -> type[Base]:
+    if name in builtin:
+        module, _, attribute = builtin[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    for point in importlib.metadata.entry_points(group=group):
+        if point.name == name:
+            try:
+                found = point.load()
+            except (ImportError, AttributeError) as error:
+                raise SpecError(f"{kind} {name!r} of plugin {point.value} cannot be loaded: {error}") from error
+            if not (isinstance(found, type) and issubclass(found, base)):
+                raise SpecError(f"{kind} {name!r} of plugin {point.value} is not a graphopt.{base.__name__}")
+            return found
+    known = _names(builtin, group)
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    raise SpecError(f"unknown {kind} {name!r}", hint=hint)
