@@ -1,0 +1,13 @@
+"""The one result object of an optimize run: what was asked, what was done, what was measured, what was chosen."""
+
+from graphopt.report.record import (
+    SCHEMA,
+    CandidateRecord,
+    Choice,
+    DataRecord,
+    Report,
+    SourceRecord,
+    VariantRecord,
+)
+
+__all__ = ["SCHEMA", "CandidateRecord", "Choice", "DataRecord", "Report", "SourceRecord", "VariantRecord"]

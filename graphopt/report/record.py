@@ -1,0 +1,153 @@
+"""The report as data. `report.json` is `Report.to_dict()`; text and HTML are views of the same dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.pipeline import PassRecord
+from graphopt.verify import OutputError
+
+SCHEMA = 1
+"""Version of the JSON. Raised when a key changes its meaning or goes away; new keys do not raise it."""
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The model that came in."""
+
+    path: str
+    sha256: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opset: int
+    nodes: int
+    operators: Mapping[str, int]
+    parameter_bytes: int
+    file_bytes: int
+    measured_shapes: Mapping[str, tuple[int, ...]]
+    """The input shapes that were compiled and timed."""
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Calibration or evaluation data."""
+
+    source: str
+    samples: int
+    labelled: bool
+    is_random: bool
+
+
+@dataclass(frozen=True)
+class VariantRecord:
+    """One version of the model on its way through the passes."""
+
+    name: str
+    """`input`, `exact` (after the passes before the first lossy one) or `final` (after all)."""
+    pipeline: str
+    nodes: int
+    operators: Mapping[str, int]
+    parameter_bytes: int
+    file_bytes: int
+    errors: tuple[OutputError, ...] = ()
+    """Against the input model, on the verification samples."""
+    accuracy: Mapping[str, Any] | None = None
+    """metric, value, count, in ONNX Runtime."""
+    drop: float | None = None
+    """Points lost against the input model (dB short of the bound where the metric is snr)."""
+    within_bound: bool = True
+    plain_drop: float | None = None
+    """The drop before any layer was returned to float."""
+    returned_to_float: tuple[str, ...] = ()
+    layer_snr_db: Mapping[str, float] = field(default_factory=dict)
+    """By layer output: signal-to-noise against the same value in the exact variant."""
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """One variant on one engine."""
+
+    name: str
+    variant: str
+    engine: str
+    status: str
+    """`measured`; `unavailable` (cannot be built), `wrong` (failed verification), `outside bound`, `not asked`."""
+    reason: str = ""
+    errors: tuple[OutputError, ...] = ()
+    accuracy: Mapping[str, Any] | None = None
+    """Measured through this engine; only for the chosen candidate."""
+    latency: Mapping[str, Any] | None = None
+    """LatencyStats: raw samples and what is derived from them, seconds."""
+    speedup: tuple[float, float, float] | None = None
+    """Input model in ONNX Runtime / this candidate: median ratio and its 95 % interval, from one paired run."""
+    size_bytes: int = 0
+    tuning: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which candidate the artifact carries, and why."""
+
+    candidate: str
+    variant: str
+    engine: str
+    why: str
+
+
+@dataclass
+class Report:
+    """Everything about one run."""
+
+    settings: Mapping[str, Any]
+    source: SourceRecord | None = None
+    target: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    calibration: DataRecord | None = None
+    evaluation: DataRecord | None = None
+    passes: list[PassRecord] = field(default_factory=list)
+    variants: list[VariantRecord] = field(default_factory=list)
+    candidates: list[CandidateRecord] = field(default_factory=list)
+    choice: Choice | None = None
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by stage."""
+    accuracy_met: bool = True
+
+    def variant(self, name: str) -> VariantRecord:
+        return next(v for v in self.variants if v.name == name)
+
+    def chosen(self) -> CandidateRecord | None:
+        """The candidate in the artifact."""
+        if self.choice is None:
+            return None
+        return next(c for c in self.candidates if c.name == self.choice.candidate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; infinities and NaN become null."""
+        return {"schema": SCHEMA, **_plain(self)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,157 @@
+"""Opening and running an artifact: the folder that `graphopt optimize` writes. No compiler is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import ArtifactError, DataError, nearest
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = 1
+MODEL = "model.onnx"
+COMPILED = "compiled"
+
+Outputs = dict[str, np.ndarray]
+
+
+class Artifact:
+    """A model ready to run: `artifact.run({"x": array}) -> {"y": array}`.
+
+    The engine is the one that measured fastest. A library compiled by TVM holds for one set of input shapes;
+    calls with other shapes that the model allows (a larger batch, say) go to ONNX Runtime and `model.onnx`.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None):
+        self.folder = folder
+        self.manifest = manifest
+        self.threads = threads
+        self.engine: str = manifest["engine"]
+        self._inputs = {i["name"]: i for i in manifest["signature"]["inputs"]}
+        self._compiled_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
+        self._compiled_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
+        self._flexible_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
+        if self.engine == "tvm":
+            from graphopt.runtime.tvm_engine import TvmEngine
+
+            self._compiled_run = TvmEngine(folder / COMPILED, threads).run
+            self._compiled_shapes = tuple(
+                (name, tuple(shape), np.dtype(self._inputs[name]["dtype"]))
+                for name, shape in manifest["compiled_shapes"].items()
+            )
+        else:
+            self._open_flexible()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self._inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(o["name"] for o in self.manifest["signature"]["outputs"])
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Outputs:
+        """All outputs by name. Raises DataError for a missing or unknown input, wrong dtype, rank or dimension."""
+        if self._compiled_run is not None and len(feeds) == len(self._compiled_shapes):
+            for name, shape, dtype in self._compiled_shapes:
+                array = feeds.get(name)
+                if array is None or array.shape != shape or array.dtype != dtype:
+                    break
+            else:
+                return self._compiled_run(feeds)
+        self._check(feeds)
+        return self._open_flexible()(feeds)
+
+    def _open_flexible(self) -> Callable[[Mapping[str, np.ndarray]], Outputs]:
+        if self._flexible_run is None:
+            from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+            self._flexible_run = OnnxRuntimeEngine(self.folder / MODEL, self.threads).run
+        return self._flexible_run
+
+    def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        for name in feeds:
+            if name not in self._inputs:
+                near = nearest(name, self._inputs)
+                hint = f"did you mean {near!r}?" if near else f"its inputs are: {', '.join(self._inputs)}"
+                raise DataError(f"the model has no input {name!r}", hint=hint)
+        for name, wanted in self._inputs.items():
+            if name not in feeds:
+                raise DataError(f"input {name!r} is missing")
+            array = feeds[name]
+            described = f"it is {wanted['dtype']}{wanted['shape']}"
+            if array.dtype != np.dtype(wanted["dtype"]):
+                raise DataError(f"input {name!r} has dtype {array.dtype}", hint=described)
+            shape = wanted["shape"]
+            fits = len(shape) == array.ndim and all(
+                not isinstance(d, int) or d == n for d, n in zip(shape, array.shape, strict=True)
+            )
+            if not fits:
+                raise DataError(f"input {name!r} has shape {list(array.shape)}", hint=described)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.folder)!r}, engine={self.engine!r}, threads={self.threads})"
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Artifact:
+    """Open an artifact folder, checking that every file is as it was written; None threads: all cores.
+
+    Raises ArtifactError: not an artifact, from a newer graphopt, a file missing or damaged.
+    """
+    folder = Path(path).absolute()
+    manifest = read_manifest(folder)
+    for name, wanted in manifest["files"].items():
+        if _sha256(folder / name) != wanted:
+            raise ArtifactError(f"{folder / name} is damaged: its sha256 differs from {MANIFEST}")
+    if threads is not None and threads < 1:
+        raise ArtifactError(f"threads={threads} must be at least 1")
+    return Artifact(folder, manifest, threads)
+
+
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder with a manifest in it."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact folder. Raises ArtifactError."""
+    if not folder.is_dir():
+        raise ArtifactError(f"no such artifact folder: {folder}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: it states no schema")
+    if manifest["schema"] > MANIFEST_SCHEMA:
+        raise ArtifactError(f"{folder} was written by a newer graphopt", hint="update graphopt to open it")
+    missing = {"engine", "signature", "files"} - manifest.keys()
+    if missing or (manifest["engine"] == "tvm" and "compiled_shapes" not in manifest):
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: it lacks {', '.join(sorted(missing)) or 'shapes'}")
+    return manifest
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any], files: list[str]) -> None:
+    """Write the manifest last: a folder without one is no artifact."""
+    digests = {name: _sha256(folder / name) for name in files}
+    text = json.dumps({"schema": MANIFEST_SCHEMA, **content, "files": digests}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    sha = hashlib.sha256()
+    try:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 20):
+                sha.update(chunk)
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
+    return sha.hexdigest()

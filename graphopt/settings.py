@@ -1,0 +1,173 @@
+"""Every setting of an optimize run: one value that is echoed, written to recipe.toml, and read back from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from graphopt.errors import SpecError, nearest
+from graphopt.pipeline import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Engine = Literal["auto", "tvm", "onnxruntime"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. Paths are absolute once resolved; `passes` is empty when `preset` decides."""
+
+    model: str
+    output: str | None = None
+    target: str = "cpu"
+    preset: str = "exact"
+    passes: str | None = None
+    calib: str | None = None
+    """Path of calibration data, or `random`."""
+    calib_samples: int | None = None
+    """Draw this many from `calib` (seeded); what is not drawn is held out for `eval`."""
+    eval: str | None = None
+    preprocess: str | None = None
+    """Named preset or TOML file for image folders."""
+    max_drop: float = 1.0
+    """Allowed loss, in points of top-1, or of agreement with the input model where there are no labels."""
+    min_snr: float = 20.0
+    """dB; the bound for lossy passes where a model's output is not a class."""
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Static shapes by input name."""
+    threads: int | None = None
+    engine: Engine = "auto"
+    tune_seconds: float = 60.0
+    measure_seconds: float = 15.0
+    seed: int = 0
+    overwrite: bool = False
+
+    def pipeline_text(self) -> str:
+        """The pipeline as text: `passes`, else the preset's. Raises SpecError for an unknown preset."""
+        if self.passes is not None:
+            return self.passes
+        if self.preset not in PRESETS:
+            near = nearest(self.preset, PRESETS)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(PRESETS)}"
+            raise SpecError(f"unknown preset {self.preset!r}", hint=hint)
+        return PRESETS[self.preset]
+
+    def resolved(self) -> Settings:
+        """The same with absolute paths, the preset spelt out and numbers checked. Raises SpecError."""
+        if self.max_drop < 0:
+            raise SpecError(f"--max-drop {self.max_drop:g} must not be negative")
+        for name in ("tune_seconds", "measure_seconds"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"--{name.replace('_', '-')} {getattr(self, name):g} must not be negative")
+        for name in ("threads", "calib_samples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise SpecError(f"--{name.replace('_', '-')} {number} must be at least 1")
+        if self.threads is not None and self.threads > (os.cpu_count() or 1):
+            raise SpecError(
+                f"--threads {self.threads} is more than this machine has", hint=f"it has {os.cpu_count()} cores"
+            )
+        if self.engine not in typing.get_args(Engine):
+            raise SpecError(f"unknown engine {self.engine!r}", hint=f"known: {', '.join(typing.get_args(Engine))}")
+
+        def absolute(path: str | None) -> str | None:
+            return None if path is None else str(Path(path).absolute())
+
+        preprocess = self.preprocess
+        if preprocess is not None and preprocess.endswith(".toml"):
+            preprocess = absolute(preprocess)
+        return dataclasses.replace(
+            self,
+            model=str(absolute(self.model)),
+            output=absolute(self.output),
+            calib=self.calib if self.calib in (None, "random") else absolute(self.calib),
+            eval=absolute(self.eval),
+            preprocess=preprocess,
+            passes=self.pipeline_text(),
+        )
+
+    def to_toml(self) -> str:
+        """A recipe: `graphopt optimize --config recipe.toml` replays the run. Unset options are left out."""
+        lines = ["# Replay: graphopt optimize --config recipe.toml -o OUT", "[optimize]"]
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is None or f.name in ("inputs", "output", "overwrite") or (f.name == "preset" and self.passes):
+                continue
+            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+        if self.inputs:
+            lines += ["", "[optimize.inputs]"]
+            lines += [f"{json.dumps(name)} = {json.dumps(list(shape))}" for name, shape in self.inputs.items()]
+        return "\n".join(lines) + "\n"
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options in a recipe, by field name of Settings. Raises SpecError: unreadable, unknown, wrong type."""
+    file = Path(path)
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read recipe {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"recipe {path} is not valid TOML: {error}") from error
+    unknown = [table for table in content if table != "optimize"]
+    if unknown or not isinstance(content.get("optimize"), dict):
+        raise SpecError(f"recipe {path} must hold one table [optimize]" + (f", not {unknown[0]!r}" if unknown else ""))
+    hints = typing.get_type_hints(Settings)
+    options: dict[str, Any] = {}
+    for key, value in content["optimize"].items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            near = nearest(name, hints)
+            raise SpecError(f"recipe {path}: unknown option {key!r}", hint=f"did you mean {near!r}?" if near else None)
+        options[name] = _checked(f"recipe {path}: {key}", value, hints[name])
+    return options
+
+
+_INPUT = re.compile(r"^(?P<name>.+?):(?P<dims>\d+(,\d+)*)$")
+
+
+def parse_input(text: str) -> tuple[str, tuple[int, ...]]:
+    """`x:1,3,224,224` -> ("x", (1, 3, 224, 224)). Raises SpecError."""
+    match = _INPUT.match(text.strip())
+    if match is None:
+        raise SpecError(f"cannot read --input {text!r}", hint="write it as name:1,3,224,224")
+    shape = tuple(int(d) for d in match["dims"].split(","))
+    if 0 in shape:
+        raise SpecError(f"--input {text!r}: a dimension of 0 holds no data")
+    return match["name"], shape
+
+
+def _checked(what: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise SpecError(f"{what} must be one of {', '.join(typing.get_args(hint))}, not {value!r}")
+        return value
+    if origin is not None:  # inputs
+        if not isinstance(value, dict):
+            raise SpecError(f"{what} must be a table of name = [1, 3, 224, 224]")
+        shapes = {}
+        for name, dims in value.items():
+            if not (isinstance(dims, list) and all(isinstance(d, int) and d > 0 for d in dims)):
+                raise SpecError(f"{what}.{name} must be a list of positive integers, not {dims!r}")
+            shapes[name] = tuple(dims)
+        return shapes
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise SpecError(f"{what} must be {hint.__name__}, not {value!r}")
+    return value
