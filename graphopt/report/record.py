@@ -34,6 +34,8 @@ class SourceRecord:
     file_bytes: int
     measured_shapes: Mapping[str, tuple[int, ...]]
     """The input shapes that were compiled and timed."""
+    accuracy: Mapping[str, Any] | None = None
+    """On the labelled evaluation set."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""Writing the artifact folder: model, compiled library, report, recipe, and last the manifest that makes it one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graphopt import model as models
+from graphopt.candidates import Candidate
+from graphopt.report import Report
+from graphopt.report.html import to_html
+from graphopt.runtime.artifact import COMPILED, MODEL, write_manifest
+from graphopt.settings import Settings
+from graphopt.targets.base import Target
+from graphopt.variants import Source
+from graphopt.verify import Feeds
+
+REPORT = "report.json"
+REPORT_HTML = "report.html"
+RECIPE = "recipe.toml"
+LATENCY = "latency.json"
+
+
+def write_artifact(
+    folder: Path,
+    chosen: Candidate,
+    source: Source,
+    sample: Feeds,
+    settings: Settings,
+    target: Target,
+    report: Report,
+    latency: Mapping[str, Any],
+) -> None:
+    """Fill `folder` with the chosen candidate and the evidence."""
+    models.save(chosen.variant.model if chosen.variant is not None else source.model, folder / MODEL)
+    if chosen.record.engine == "tvm":
+        shutil.copytree(chosen.path, folder / COMPILED)
+    written = report.to_dict()
+    (folder / REPORT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    (folder / REPORT_HTML).write_text(to_html(written), encoding="utf-8")
+    (folder / LATENCY).write_text(json.dumps(latency) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(settings.to_toml(), encoding="utf-8")
+    signature = models.signature(source.model)
+    tuning = chosen.record.tuning or {}
+    manifest = {
+        "engine": chosen.record.engine,
+        "variant": chosen.record.variant,
+        "target": str(target),
+        "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
+        "signature": {
+            "inputs": [_tensor(s) for s in signature.inputs],
+            "outputs": [_tensor(s) for s in signature.outputs],
+        },
+        "compiled_shapes": {name: list(array.shape) for name, array in sample.items()},
+        "tuning_digest": tuning.get("digest"),
+        "source_sha256": report.source.sha256 if report.source is not None else None,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("graphopt", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "onnx", "numpy")
+        },
+    }
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    write_manifest(folder, manifest, [n for n in names if n.startswith((MODEL, COMPILED))])
+
+
+def _tensor(spec: models.TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": str(spec.dtype), "shape": list(spec.shape)}

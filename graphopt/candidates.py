@@ -1,0 +1,135 @@
+"""Every variant on every engine that can run it, each verified before it may be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import model as models
+from graphopt.errors import GraphoptError, TargetError, VerificationError
+from graphopt.passes.base import Fidelity
+from graphopt.progress import Progress
+from graphopt.report import CandidateRecord
+from graphopt.schedule_database import database_path
+from graphopt.settings import Settings
+from graphopt.targets.base import Target
+from graphopt.variants import Source, Variant
+from graphopt.verify import Feeds, OutputError, Reference, Runner
+
+INPUT = "input · onnxruntime"
+"""The model as it came in, in ONNX Runtime: what every candidate has to beat."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that could be delivered: `path` is an ONNX file, or the folder of a compiled library."""
+
+    record: CandidateRecord
+    variant: Variant | None
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    def runner(self, threads: int) -> Runner:
+        """Open it for running in this process."""
+        if self.record.engine == "tvm":
+            from graphopt.runtime.tvm_engine import TvmEngine
+
+            return TvmEngine(self.path, threads).run
+        from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(self.path, threads).run
+
+
+def make_candidates(
+    source: Source,
+    variants: list[Variant],
+    target: Target,
+    settings: Settings,
+    reference: Reference,
+    sample: Feeds,
+    work: Path,
+    progress: Progress,
+) -> list[Candidate]:
+    """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target."""
+    whole = CandidateRecord(INPUT, "input", "onnxruntime", "measured", size_bytes=source.path.stat().st_size)
+    candidates = [Candidate(whole, None, source.path)]
+    share = settings.tune_seconds / len(variants)
+    for variant in variants:
+        if not variant.record.within_bound:
+            record = _record(variant, "onnxruntime", "outside bound", f"loses {variant.record.drop:.2f} points")
+            candidates.append(Candidate(record, variant, variant.file))
+            continue
+        if settings.engine in ("auto", "onnxruntime"):
+            record = _record(variant, "onnxruntime", "measured", size=variant.file.stat().st_size)
+            candidates.append(Candidate(record, variant, variant.file))
+        if settings.engine in ("auto", "tvm"):
+            candidates.append(
+                _compiled(variant, target, share, settings.seed, reference, sample, work / variant.name, progress)
+            )
+    return candidates
+
+
+def specialise(model: ir.Model, sample: Feeds) -> ir.Model:
+    """A copy with every input's shape fixed to that of `sample`: what a compiler wants."""
+    return models.fix_inputs(model, {name: array.shape for name, array in sample.items()})
+
+
+def _compiled(
+    variant: Variant,
+    target: Target,
+    tune_seconds: float,
+    seed: int,
+    reference: Reference,
+    sample: Feeds,
+    folder: Path,
+    progress: Progress,
+) -> Candidate:
+    from graphopt.runtime.tvm_engine import TvmEngine
+
+    folder.mkdir()
+    try:
+        lowered = target.lower(specialise(variant.model, sample))
+        tuning = target.tune(lowered, seconds=tune_seconds, database=database_path(), seed=seed, progress=progress)
+        target.build(lowered, folder)
+        errors = _verify(TvmEngine(folder, None).run, variant, reference)
+    except VerificationError as error:
+        return Candidate(_record(variant, "tvm", "wrong", str(error)), variant, folder)
+    except GraphoptError as error:
+        if not isinstance(error, TargetError):
+            raise
+        return Candidate(_record(variant, "tvm", "unavailable", str(error)), variant, folder)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    record = _record(variant, "tvm", "measured", size=size)
+    record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
+    return Candidate(record, variant, folder)
+
+
+def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
+    """Exact variants: within rounding of the input model. Lossy ones: closer to the same model in ONNX Runtime
+    than that is to the input model, i.e. compiling adds less noise than the lossy pass did."""
+    who = f"compiling the {variant.name} variant"
+    if variant.fidelity is not Fidelity.LOSSY:
+        return reference.judge(run, Fidelity.ROUNDING, who)
+    same = Reference(variant.model, reference.samples, reference.work)
+    errors = same.judge(run, Fidelity.LOSSY, who)
+    allowed = {e.name: e.snr_db for e in variant.record.errors}
+    for error in errors:
+        floor = allowed.get(error.name, math.inf)
+        if error.snr_db < floor and np.isfinite(floor):
+            raise VerificationError(
+                f"{who} adds noise at {error.snr_db:.1f} dB to output {error.name!r}, "
+                f"more than the lossy passes themselves at {floor:.1f} dB"
+            )
+    return errors
+
+
+def _record(variant: Variant, engine: str, status: str, reason: str = "", size: int = 0) -> CandidateRecord:
+    return CandidateRecord(f"{variant.name} · {engine}", variant.name, engine, status, reason, size_bytes=size)

@@ -1,0 +1,254 @@
+"""The whole program, one function a stage:
+
+    resolve -> load -> rewrite (passes, verify, recover) -> compile (lower, tune, build, verify)
+            -> measure -> choose -> write the artifact and its report
+
+Passes propose; measurement on the target disposes: `choose` delivers what was fastest in one paired run among
+the variants that are still right, and never one that is slower than the model that came in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphopt import calibration, samples
+from graphopt import model as models
+from graphopt.artifact_writer import write_artifact
+from graphopt.candidates import Candidate, make_candidates
+from graphopt.errors import DataError
+from graphopt.gate import choose, explain, time_candidates
+from graphopt.measure import PairedResult, fingerprint
+from graphopt.output_folder import check_output, staged
+from graphopt.passes.base import Context, Pass
+from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
+from graphopt.plugins import parse_target
+from graphopt.progress import SILENT, Progress
+from graphopt.report import DataRecord, Report, SourceRecord
+from graphopt.runtime.artifact import Artifact, load
+from graphopt.settings import Settings
+from graphopt.targets.base import Target
+from graphopt.variants import Bound, Data, Judge, Source, Variant, make_variants
+from graphopt.verify import Reference
+
+VERIFICATION_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns: the report, and the artifact's folder when one was written."""
+
+    report: Report
+    path: Path | None
+
+    def load(self, threads: int | None = None) -> Artifact:
+        """Open the artifact. Raises ArtifactError when the run wrote none."""
+        return load(self.path or "no output folder was given", threads)
+
+
+def optimize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    passes: str | Pipeline | Iterable[Pass] | None = None,
+    target: str | Target = "cpu",
+    progress: Progress = SILENT,
+    on_pass: Callable[[PassRecord], None] = lambda record: None,
+    **options: Any,
+) -> Result:
+    """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
+
+    `options` are the fields of `Settings`: preset, calib, calib_samples, eval, preprocess, max_drop, min_snr,
+    inputs, threads, engine, tune_seconds, measure_seconds, seed, overwrite.
+
+    Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
+    TargetError (failure). Where the accuracy bound cannot be met, the result says `report.accuracy_met == False`
+    and carries the fastest variant that does keep it.
+    """
+    pipeline = Pipeline.of(passes) if passes is not None else None
+    settings = Settings(
+        model=os.fspath(model),
+        output=None if output is None else os.fspath(output),
+        passes=None if pipeline is None else str(pipeline),
+        target=str(target),
+        **{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()},
+    )
+    return run(settings, progress=progress, on_pass=on_pass, pipeline=pipeline)
+
+
+def run(
+    settings: Settings,
+    *,
+    progress: Progress = SILENT,
+    on_settings: Callable[[Settings, Target], None] = lambda settings, target: None,
+    on_pass: Callable[[PassRecord], None] = lambda record: None,
+    pipeline: Pipeline | None = None,
+) -> Result:
+    """`optimize` with its options as one value; `on_settings` is called before work starts."""
+    settings, pipeline, target = _resolve(settings, pipeline)
+    on_settings(settings, target)
+    report = Report(settings=dataclasses.asdict(settings), environment=fingerprint())
+    report.target = {"spec": str(target), **target.capabilities.describe()}
+    output = nullcontext(None) if settings.output is None else staged(settings.output, settings.overwrite)
+    with output as stage, tempfile.TemporaryDirectory(prefix="graphopt-") as temporary:
+        work = Path(temporary)
+        with _timed(report, "load"):
+            source, data = _load(settings, report)
+            reference = Reference(source.model, data.samples, work)
+        with _timed(report, "rewrite"):
+            variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
+        with _timed(report, "compile"):
+            candidates = make_candidates(source, variants, target, settings, reference, data.samples[0], work, progress)
+        with _timed(report, "measure"):
+            chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
+        if stage is not None:
+            with _timed(report, "write"):
+                write_artifact(stage, chosen, source, data.samples[0], settings, target, report, race.to_dict())
+    return Result(report, None if settings.output is None else Path(settings.output))
+
+
+def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, Pipeline, Target]:
+    settings = settings.resolved()
+    pipeline = Pipeline.parse(settings.pipeline_text()) if pipeline is None else pipeline
+    target = parse_target(settings.target)
+    if settings.threads is not None and hasattr(target, "threads"):
+        target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
+    threads = getattr(target, "threads", None) or os.cpu_count() or 1
+    if settings.output is not None:
+        check_output(settings.output, settings.overwrite)
+    return dataclasses.replace(settings, passes=str(pipeline), target=str(target), threads=threads), pipeline, target
+
+
+def _load(settings: Settings, report: Report) -> tuple[Source, Data]:
+    path = Path(settings.model)
+    original = models.load(path)
+    model = models.fix_inputs(original, settings.inputs)
+    source = Source(path, model, models.signature(model))
+    data = _load_data(settings, source, report)
+    report.source = SourceRecord(
+        path=str(path),
+        sha256=models.file_digest(path),
+        inputs=tuple(str(s) for s in models.signature(original).inputs),
+        outputs=tuple(str(s) for s in models.signature(original).outputs),
+        opset=model.opset_imports.get("", 0),
+        nodes=count_nodes(original),
+        operators=count_operators(original),
+        parameter_bytes=models.parameter_bytes(original),
+        file_bytes=path.stat().st_size,
+        measured_shapes={name: tuple(array.shape) for name, array in data.samples[0].items()},
+    )
+    return source, data
+
+
+def _load_data(settings: Settings, source: Source, report: Report) -> Data:
+    calib = evaluation = None
+    if settings.calib == "random":
+        count = settings.calib_samples or 32
+        calib = calibration.random_dataset(source.signature, count, settings.seed)
+        report.warnings.append(
+            "calibrated on RANDOM data: ranges, and so the INT8 model's accuracy, mean nothing; give real data"
+        )
+    elif settings.calib is not None:
+        calib = calibration.load_dataset(settings.calib, source.signature, settings.preprocess)
+        if settings.calib_samples is not None:
+            calib, held_out = calib.draw(settings.calib_samples, settings.seed)
+            if settings.eval in (None, settings.calib) and len(held_out):
+                evaluation = held_out
+    elif settings.calib_samples is not None:
+        raise DataError("--calib-samples says how many to draw, but there is no --calib to draw from")
+    if evaluation is None and settings.eval is not None:
+        evaluation = calibration.load_dataset(settings.eval, source.signature, settings.preprocess)
+    if evaluation is None and calib is not None and not calib.is_random:
+        evaluation = calib
+        report.warnings.append("no --eval data: accuracy is measured on the calibration data itself")
+    report.calibration, report.evaluation = _describe(calib), _describe(evaluation)
+    known = evaluation or calib
+    if known is None:
+        feeds = tuple(samples.random_feeds(source.signature, seed) for seed in range(settings.seed, settings.seed + 2))
+    else:
+        wanted = min(VERIFICATION_SAMPLES, len(known))
+        feeds = tuple(batch for batch, _ in zip(known.batches(1), range(wanted), strict=False))
+    return Data(calib, evaluation, feeds)
+
+
+def _rewrite(
+    source: Source,
+    pipeline: Pipeline,
+    data: Data,
+    settings: Settings,
+    target: Target,
+    reference: Reference,
+    report: Report,
+    work: Path,
+    progress: Progress,
+    on_pass: Callable[[PassRecord], None],
+) -> list[Variant]:
+    def record(done: PassRecord) -> None:
+        report.passes.append(done)
+        on_pass(done)
+
+    context = Context(target.capabilities, data=data.calibration, seed=settings.seed, progress=progress)
+    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
+    if judge.before is not None:
+        report.source = dataclasses.replace(_known(report.source), accuracy=judge.before.to_dict())
+    variants = make_variants(source, pipeline, data, judge, context, reference, work, record)
+    report.variants = [v.record for v in variants]
+    last = variants[-1].record
+    if not last.within_bound:
+        report.accuracy_met = False
+        report.warnings.append(
+            f"the accuracy bound is MISSED: the best found with {last.pipeline} loses {last.drop:.2f} points, "
+            f"{settings.max_drop:g} are allowed; the artifact carries a variant that keeps the bound"
+        )
+    return variants
+
+
+def _measure_and_choose(
+    candidates: list[Candidate],
+    data: Data,
+    settings: Settings,
+    source: Source,
+    report: Report,
+    progress: Progress,
+) -> tuple[Candidate, PairedResult]:
+    candidates, race = time_candidates(
+        candidates, data.samples[0], settings.threads or 1, settings.measure_seconds, settings.seed, progress
+    )
+    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
+    report.candidates = [c.record for c in candidates]
+    for candidate in choose(candidates, race):
+        accuracy = judge.accuracy(candidate.runner(settings.threads or 1))
+        kept = accuracy is None or judge.bound.met(judge.drop(accuracy), accuracy.metric)
+        record = dataclasses.replace(candidate.record, accuracy=None if accuracy is None else accuracy.to_dict())
+        if not kept:
+            record = dataclasses.replace(record, status="outside bound", reason="through this engine, on the eval data")
+        report.candidates = [record if c.name == record.name else c for c in report.candidates]
+        if kept:
+            report.choice = explain(candidate)
+            return dataclasses.replace(candidate, record=record), race
+    raise AssertionError("the input model itself is always deliverable")
+
+
+def _describe(dataset: calibration.Dataset | None) -> DataRecord | None:
+    if dataset is None:
+        return None
+    return DataRecord(dataset.source, len(dataset), dataset.labels is not None, dataset.is_random)
+
+
+def _known(source: SourceRecord | None) -> SourceRecord:
+    assert source is not None
+    return source
+
+
+@contextmanager
+def _timed(report: Report, stage: str):
+    started = time.perf_counter()
+    yield
+    report.seconds[stage] = time.perf_counter() - started

@@ -1,0 +1,78 @@
+"""The measured-gain gate: candidates are timed against the input model in one paired run; the fastest is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from graphopt.candidates import INPUT, Candidate
+from graphopt.measure import Contender, PairedResult, race
+from graphopt.progress import Progress
+from graphopt.report import Choice
+from graphopt.verify import Feeds
+
+TIE = 1.02
+"""Candidates within 2 % of the fastest count as equally fast; smaller then wins. It also keeps the choice, and so
+`model.onnx`, the same from run to run where speed does not decide."""
+
+
+def time_candidates(
+    candidates: Sequence[Candidate], sample: Feeds, threads: int, seconds: float, seed: int, progress: Progress
+) -> tuple[list[Candidate], PairedResult]:
+    """Race all measurable candidates; returns them with latency and speed-up against the input model filled in."""
+    racing = [c for c in candidates if c.record.status == "measured"]
+    contenders = [_contender(c) for c in racing]
+    result = race(contenders, sample, threads=threads, seconds=seconds, seed=seed, progress=progress)
+    timed = []
+    for candidate in candidates:
+        record = candidate.record
+        if record.status == "measured" and record.name in result.failed:
+            record = dataclasses.replace(record, status="unavailable", reason=result.failed[record.name])
+        elif record.status == "measured":
+            stats = result.stats[record.name]
+            ratio = result.ratio(INPUT, record.name)
+            record = dataclasses.replace(record, latency=stats.to_dict(), speedup=(ratio.median, ratio.low, ratio.high))
+        timed.append(dataclasses.replace(candidate, record=record))
+    return timed, result
+
+
+def choose(candidates: Sequence[Candidate], result: PairedResult) -> list[Candidate]:
+    """Deliverable candidates, best first: never one that is significantly slower than the input model.
+
+    Among those as fast as the fastest (see TIE) the smaller comes first.
+    """
+    timed = [c for c in candidates if c.record.latency is not None]
+    fastest = min(timed, key=lambda c: result.ratio(c.name, INPUT).median)
+    able = [c for c in timed if c.variant is not None and result.ratio(c.name, INPUT).low <= 1.0]
+    tied = [c for c in able if result.ratio(c.name, fastest.name).low <= TIE]
+    tied.sort(key=_delivered_bytes)
+    rest = [c for c in able if c not in tied]
+    rest.sort(key=lambda c: result.ratio(c.name, INPUT).median)
+    return tied + rest + [c for c in timed if c.variant is None]
+
+
+def explain(candidate: Candidate) -> Choice:
+    """Say in words why this one is delivered."""
+    record = candidate.record
+    if record.speedup is None:
+        why = "only candidate"
+    elif candidate.variant is None:
+        why = "nothing measured faster than the model that came in, so it is delivered as it is"
+    else:
+        middle, low, high = record.speedup
+        gain = f"{middle:.2f}x the speed of the input model in ONNX Runtime [{low:.2f}, {high:.2f}]"
+        why = gain if low > 1 else f"{gain}: not measurably faster, not slower, kept for its size"
+    return Choice(record.name, record.variant, record.engine, why)
+
+
+def _delivered_bytes(candidate: Candidate) -> tuple[int, str]:
+    model = candidate.variant.record.parameter_bytes if candidate.variant is not None else 0
+    return model, candidate.record.engine
+
+
+def _contender(candidate: Candidate) -> Contender:
+    path: Path = candidate.path
+    if candidate.record.engine == "tvm":
+        return Contender.compiled(path, candidate.name)
+    return Contender.onnx(path, candidate.name)

@@ -1,0 +1,194 @@
+"""The report on a terminal: what people print after onnxslim and onnxsim, plus accuracy and measured latency.
+
+Works on the dictionary of `report.json`, so a saved report prints the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def to_text(report: Mapping[str, Any], details: bool = False) -> RenderableType:
+    """Everything worth reading after a run; `details` lists every skipped node."""
+    parts: list[RenderableType] = [_passes(report), _operators(report)]
+    skipped = _skipped(report, details)
+    if skipped is not None:
+        parts.append(skipped)
+    parts += [_candidates(report), *_conclusion(report)]
+    return Group(*parts)
+
+
+def size(count: float | None) -> str:
+    """1234567 -> `1.23 MB`."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def accuracy(record: Mapping[str, Any] | None) -> str:
+    """`top-1 84.12 %`, `agreement 99.50 %` or `SNR 31.2 dB`."""
+    if not record:
+        return "-"
+    value = record["value"]
+    if record["metric"] == "snr":
+        return "SNR ∞" if value is None else f"SNR {value:.1f} dB"
+    return f"{'top-1' if record['metric'] == 'top1' else 'agreement'} {value:.2f} %"
+
+
+def milliseconds(latency: Mapping[str, Any] | None) -> str:
+    """Median and its 95 % interval."""
+    if not latency:
+        return "-"
+    low, high = latency["interval_s"]
+    return f"{1e3 * latency['median_s']:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
+
+
+def speedup(ratio: list[float] | None) -> str:
+    """Median ratio and its 95 % interval."""
+    return "-" if not ratio else f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+
+
+def pass_line(record: Mapping[str, Any]) -> str:
+    """One line for a pass that has just run."""
+    skipped = f", {len(record['skipped'])} skipped" if record["skipped"] else ""
+    error = error_text(record)
+    return (
+        f"{record['spec']}: {record['applied']} applied{skipped}; nodes {record['nodes_before']} -> "
+        f"{record['nodes_after']}, parameters {size(record['parameter_bytes_before'])} -> "
+        f"{size(record['parameter_bytes_after'])}" + (f"; {error}" if error != "-" else "")
+    )
+
+
+def error_text(record: Mapping[str, Any]) -> str:
+    """Worst error against the input model: absolute and its tolerance, or signal-to-noise for lossy passes."""
+    errors = record["errors"]
+    if not errors:
+        return "-"
+    if any(e["tolerance"] is None for e in errors):
+        ratios = [e["snr_db"] for e in errors if e["snr_db"] is not None]
+        return f"SNR {min(ratios):.1f} dB" if ratios else "exact"
+    worst = max(errors, key=lambda e: e["max_abs_error"] / max(e["tolerance"], 1e-300))
+    return f"error {worst['max_abs_error']:.1e} (rounding explains {worst['tolerance']:.1e})"
+
+
+def _passes(report: Mapping[str, Any]) -> RenderableType:
+    table = Table(title="Passes", title_justify="left", title_style="bold")
+    for heading, justify in (
+        ("pass", "left"), ("fidelity", "left"), ("applied", "right"), ("skipped", "right"), ("nodes", "right"),
+        ("parameters", "right"), ("against the input model", "left"), ("s", "right"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify, overflow="fold")
+    for record in report["passes"]:
+        table.add_row(
+            Text(record["spec"]),
+            record["fidelity"].lower(),
+            str(record["applied"]),
+            str(len(record["skipped"])),
+            f"{record['nodes_before']} → {record['nodes_after']}",
+            f"{size(record['parameter_bytes_before'])} → {size(record['parameter_bytes_after'])}",
+            error_text(record),
+            f"{record['seconds']:.1f}",
+        )
+    return table
+
+
+def _operators(report: Mapping[str, Any]) -> RenderableType:
+    columns = [("input", report["source"]), *((v["name"], v) for v in report["variants"])]
+    names = sorted({op for _, c in columns for op in c["operators"]})
+    table = Table(title="Operators", title_justify="left", title_style="bold")
+    table.add_column("operator")
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    for name in names:
+        counts = [c["operators"].get(name, 0) for _, c in columns]
+        table.add_row(name, *(_changed(n, counts[0]) for n in counts))
+    table.add_section()
+    table.add_row("all nodes", *(_changed(c["nodes"], columns[0][1]["nodes"]) for _, c in columns))
+    table.add_row("parameters", *(size(c["parameter_bytes"]) for _, c in columns))
+    table.add_row("file", *(size(c["file_bytes"]) for _, c in columns))
+    if any(c.get("accuracy") for _, c in columns):
+        table.add_row("accuracy", *(accuracy(c.get("accuracy")) for _, c in columns))
+    return table
+
+
+def _changed(count: int, before: int) -> Text:
+    return Text(str(count), style="green" if count < before else "yellow" if count > before else "")
+
+
+def _skipped(report: Mapping[str, Any], details: bool) -> RenderableType | None:
+    rows = [(p["spec"].partition("{")[0], s) for p in report["passes"] for s in p["skipped"]]
+    if not rows:
+        return None
+    table = Table(title="Skipped", title_justify="left", title_style="bold")
+    table.add_column("pass")
+    table.add_column("nodes", justify="left" if details else "right", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    if details:
+        for name, skip in rows:
+            table.add_row(name, Text(skip["node"]), Text(skip["reason"]))
+    else:
+        for (name, reason), count in Counter((n, s["reason"]) for n, s in rows).most_common(8):
+            table.add_row(name, str(count), Text(reason))
+    return table
+
+
+def _candidates(report: Mapping[str, Any]) -> RenderableType:
+    threads = report["settings"].get("threads")
+    table = Table(
+        title=f"Measured on this machine, {threads} thread{'s' if threads != 1 else ''}, one paired run",
+        title_justify="left",
+        title_style="bold",
+    )
+    for heading, justify in (
+        ("candidate", "left"), ("median ms [95 %]", "right"), ("speed against input [95 %]", "right"),
+        ("size", "right"), ("", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify, overflow="fold")
+    choice = report["choice"]["candidate"] if report["choice"] else None
+    for record in report["candidates"]:
+        chosen = record["name"] == choice
+        note = "delivered" if chosen else "" if record["status"] == "measured" else record["status"]
+        if record["reason"]:
+            note = f"{note}: {record['reason']}"
+        table.add_row(
+            record["name"],
+            milliseconds(record["latency"]),
+            speedup(record["speedup"]),
+            size(record["size_bytes"] or None),
+            Text(note),
+            style="bold green" if chosen else None,
+        )
+    return table
+
+
+def _conclusion(report: Mapping[str, Any]) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for variant in report["variants"]:
+        if variant["plain_drop"] is not None:
+            unit = "dB short of the bound" if variant["accuracy"]["metric"] == "snr" else "points lost"
+            returned = variant["returned_to_float"]
+            text = f"{variant['name']}: {variant['plain_drop']:.2f} {unit}"
+            if returned:
+                text += (
+                    f"; {variant['drop']:.2f} after returning {len(returned)} "
+                    f"layer{'s' if len(returned) > 1 else ''} to float: {', '.join(returned)}"
+                )
+            lines.append(Text(text))
+    choice = report["choice"]
+    if choice:
+        chosen = next(c for c in report["candidates"] if c["name"] == choice["candidate"])
+        before = accuracy(report["source"].get("accuracy"))
+        measured = f"; {accuracy(chosen['accuracy'])} through the artifact's engine" if chosen["accuracy"] else ""
+        measured += f" (input model {before})" if measured and before != "-" else ""
+        lines.append(Text(f"Delivered: {choice['candidate']}: {choice['why']}{measured}", style="bold"))
+    lines += [Text(f"WARNING: {w}", style="bold red") for w in report["warnings"]]
+    return lines
