@@ -1,22 +1,42 @@
-PYTHON ?= $(shell command -v python3)
+# make demo: from a bare checkout to a smaller, faster, measured model. make test: the tests. make check: lint, types.
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+# TVM links the library it compiles: with the system's linker, else with one from PyPI.
+CROSS := $(if $(shell command -v g++ || command -v gcc || command -v clang || command -v ld || command -v ld.lld),,[cross])
 
-$(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+.PHONY: install demo test test-all check clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "graphopt needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.$(CROSS)'
 	touch $@
 
-.PHONY: install test test-all check
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
 install: $(VENV)/.installed
 
-test: install
+demo: $(VENV)/.installed
+	$(BIN)/graphopt optimize examples/digits/digits.onnx -o out/digits --preset int8 \
+	  --calib examples/digits/calib.npz --eval examples/digits/eval.npz \
+	  --threads 1 --tune-seconds 20 --measure-seconds 10 --overwrite
+
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m 'not long'
 
-test-all: install
+test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-check: install
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
