@@ -105,10 +105,10 @@ class Settings:
             value = getattr(self, f.name)
             if value is None or f.name in ("inputs", "output", "overwrite") or (f.name == "preset" and self.passes):
                 continue
-            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{f.name} = {_toml(value)}")
         if self.inputs:
             lines += ["", "[optimize.inputs]"]
-            lines += [f"{json.dumps(name)} = {json.dumps(list(shape))}" for name, shape in self.inputs.items()]
+            lines += [f"{_toml(name)} = {_toml(list(shape))}" for name, shape in self.inputs.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -133,6 +133,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise SpecError(f"recipe {path}: unknown option {key!r}", hint=f"did you mean {near!r}?" if near else None)
         options[name] = _checked(f"recipe {path}: {key}", value, hints[name])
     return options
+
+
+def _toml(value: Any) -> str:
+    """JSON's strings, numbers, booleans and lists are TOML's, but for the surrogate pairs and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 _INPUT = re.compile(r"^(?P<name>.+?):(?P<dims>\d+(,\d+)*)$")
