@@ -1,0 +1,110 @@
+"""Static post-training quantization to 8 bits, written as QuantizeLinear / DequantizeLinear pairs.
+
+Equation
+    q(x) = clip(round_half_even(x / s) + z, qmin, qmax),  x ~ s * (q(x) - z)
+    Conv(x, W) + b  ~  s_x * s_W[c] * (sum (q_x - z_x) * q_W[c] + q_b[c]),  q_b[c] = round(b[c] / (s_x * s_W[c]))
+    Activations: one s, z a tensor, unsigned or signed as the target's dot instruction wants. Weights: symmetric s8,
+    one scale an output channel. Biases: s32.
+
+Applies when
+    1. Conv with constant float32 weights (any rank, stride, dilation, group): input, weights, bias and output are
+       quantized; a Relu or Clip that alone reads it is part of it, and its clip is done by saturation.
+    2. Gemm and MatMul with a constant float32 matrix on the right: as 1, with the output left float unless another
+       quantized layer follows (so logits keep their precision).
+    3. Add, Mul, AveragePool, GlobalAveragePool, LeakyRelu, Sigmoid, Concat between quantized values that lead to
+       another layer: stay in 8 bits with scales of their own. A Concat and the inputs only it reads share one scale.
+    4. MaxPool, Reshape, Flatten, Transpose, Squeeze, Unsqueeze, Slice, Gather, Expand, Split, DepthToSpace,
+       SpaceToDepth, Identity between such values: one scale before and after.
+
+Refuses when
+    weights or bias are computed or may be overridden by the caller, are not float32 or not finite; the node is
+    excluded; ConvTranspose and recurrent layers (no 8-bit kernel in ONNX Runtime); the opset is older than 13 and
+    cannot be raised.
+
+Fidelity
+    LOSSY.
+
+Reference
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+    CVPR 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018 (a channel).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.calibration.statistics import Method
+from graphopt.errors import PassError, nearest
+from graphopt.graph import label
+from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
+from graphopt.passes.quantization.insert import insert_layer, insert_pair
+from graphopt.passes.quantization.opset import raise_opset
+from graphopt.passes.quantization.placement import Placement, place
+from graphopt.passes.quantization.ranges import Encoding, encode_family
+
+
+class QuantizeInt8(Pass):
+    """8-bit weights and activations, calibrated on data."""
+
+    fidelity = Fidelity.LOSSY
+
+    calibration: Method = "minmax"
+    """How activation ranges are chosen."""
+    percentile: float = 99.99
+    """For calibration=percentile: the share of values kept at each end, in percent."""
+    activations: Literal["auto", "uint8", "int8"] = "auto"
+    """Type of activations; auto: what the target's dot instruction multiplies."""
+    reduce_range: Literal["auto", "true", "false"] = "auto"
+    """7-bit weights, so that sums of two products cannot saturate 16 bits; auto: where the target needs it."""
+    weight_search: bool = False
+    """Choose each channel's weight scale for the least squared error."""
+    exclude: tuple[str, ...] = ()
+    """Names of nodes to leave float (of a nameless node: its first output)."""
+    exclude_types: tuple[str, ...] = ()
+    """Operator types to leave float."""
+
+    def observes(self, model: ir.Model) -> tuple[str, ...]:
+        """The values whose ranges decide the encodings."""
+        return tuple(str(value.name) for family in self._place(model).families for value in family.roots)
+
+    def run(self, model: ir.Model, context: Context) -> PassResult:
+        """Quantize. Raises PassError: statistics are missing, or `exclude` names no node."""
+        raised = raise_opset(model)
+        if isinstance(raised, str):
+            return PassResult(model, 0, (Skip("model", raised),))
+        placement = self._place(raised)
+        missing = [n for n in self.observes(raised) if n not in context.statistics]
+        if missing:
+            raise PassError(f"no calibration statistics for value {missing[0]!r}", hint="give calibration data")
+        unsigned = self.activations == "uint8" or (
+            self.activations == "auto" and context.capabilities.activation_dtype == "uint8"
+        )
+        dtype = np.dtype(np.uint8 if unsigned else np.int8)
+        reduced = self.reduce_range == "true" or (self.reduce_range == "auto" and context.capabilities.reduce_range)
+        graph = raised.graph
+        encodings: dict[ir.Value, Encoding] = {}
+        for family in placement.families:
+            encoding = encode_family(family, dict(context.statistics), self.calibration, self.percentile, dtype)
+            encodings.update(dict.fromkeys(family.members, encoding))
+        for layer in placement.layers:
+            x = layer.node.inputs[0]
+            assert x is not None
+            insert_layer(graph, layer, encodings[x], limit=64 if reduced else 127, search=self.weight_search)
+        for value, encoding in encodings.items():
+            insert_pair(graph, value, encoding, placement.integer_nodes)
+        note = f"{len(placement.layers)} layers in {'u8' if unsigned else 's8'} x s8, {len(encodings)} values in 8 bits"
+        return PassResult(raised, len(placement.layers), placement.skipped, (note,))
+
+    def _place(self, model: ir.Model) -> Placement:
+        names = [label(node) for node in model.graph]
+        for name in self.exclude:
+            if name not in names:
+                near = nearest(name, names)
+                raise PassError(
+                    f"{self.name}: exclude names {name!r}, which is no node of the model",
+                    hint=f"did you mean {near!r}?" if near else "`graphopt inspect` lists the nodes",
+                )
+        return place(model.graph, self.exclude, self.exclude_types)
