@@ -14,6 +14,14 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def integers_of(value: ir.Value | None) -> list[int] | None:
+    """A constant integer scalar or vector as a list; None when it is not one."""
+    array = constant_of(value)
+    if array is None or array.ndim > 1 or array.dtype.kind not in "iu":
+        return None
+    return [int(x) for x in array.reshape(-1)]
+
+
 def sole_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None when there are more, none, or it is a graph output."""
     if value.is_graph_output():
@@ -28,12 +36,75 @@ def attribute(node: ir.Node, name: str, default):
     return default if found is None else found.value
 
 
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """The input at `index`; None when it is left out, in the middle or at the end."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def is_onnx(node: ir.Node, *op_types: str) -> bool:
+    """Whether `node` is an operator of the standard domain, of one of these types if any are given."""
+    return node.domain in ("", "ai.onnx") and (not op_types or node.op_type in op_types)
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard operator set (0 when the model imports none)."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def dims_of(value: ir.Value | None) -> tuple[int | None, ...] | None:
+    """The shape with None for each dynamic dimension; None when even the rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape when every dimension is known."""
+    dims = dims_of(value)
+    if dims is None or any(d is None for d in dims):
+        return None
+    return tuple(d for d in dims if d is not None)
+
+
+def holds_subgraphs(node: ir.Node) -> bool:
+    """Whether the node carries graphs in its attributes (If, Loop, Scan, SequenceMap)."""
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> bool:
+    """Make every reader of `old` read `new`; the caller removes the node that made `old`.
+
+    A graph output keeps its name, type and declared shape: `new` takes them over. Returns False, changing
+    nothing, where that cannot be: `new` is a graph input, an initializer, itself an output, or of another graph.
+    """
+    if old is new:
+        return False
+    if old.is_graph_output():
+        made_here = new.producer() is not None and new.graph is old.graph
+        if not made_here or new.is_graph_output() or old.graph is None:
+            return False
+        name, shape, type_ = old.name, old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name = None
+        new.name, new.shape, new.type = name, shape, type_
+        return True
+    old.replace_all_uses_with(new)
+    if new.shape is None:
+        new.shape = old.shape
+    if new.type is None:
+        new.type = old.type
+    return True
+
+
 def fresh_name(graph: ir.Graph, wanted: str) -> str:
-    """`wanted`, or `wanted_2`, `wanted_3` ... : a name no value or node of the graph has yet."""
+    """`wanted`, or `wanted_2`, `wanted_3` ... : a name no value or node of the graph or its subgraphs has yet."""
     taken = set(graph.initializers) | {v.name for v in graph.inputs}
-    for node in graph:
+    for node in graph.all_nodes():
         taken.add(node.name)
         taken.update(v.name for v in node.outputs)
+    for inner in graph.subgraphs():
+        taken.update(inner.initializers)
+        taken.update(v.name for v in inner.inputs)
     name, number = wanted, 1
     while name in taken:
         number += 1
@@ -44,7 +115,8 @@ def fresh_name(graph: ir.Graph, wanted: str) -> str:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register `array` under a fresh name made from `name`."""
     name = fresh_name(graph, name)
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes scalars 1-D
+    tensor = ir.Tensor(contiguous, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
@@ -60,6 +132,11 @@ def remove_unused_initializers(graph: ir.Graph) -> int:
     for name in unused:
         del graph.initializers[name]
     return len(unused)
+
+
+def count_nodes(graph: ir.Graph) -> int:
+    """Nodes of the graph and its subgraphs that compute something: Constant nodes are not counted."""
+    return sum(node.op_type != "Constant" for node in graph.all_nodes())
 
 
 def label(node: ir.Node) -> str:

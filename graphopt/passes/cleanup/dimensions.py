@@ -1,0 +1,112 @@
+"""Arithmetic on dimensions that are not known: polynomials with integer coefficients in named sizes.
+
+    H + 2 - 3 + 1 = H          (2*H*W) / 2 = H*W          H/2 = the atom "trunc(H/2)"
+
+Two dimensions are equal when their polynomials are: that is enough to see that a 3x3 convolution with padding 1
+keeps its height, or that two Shape nodes hold the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Union
+
+
+class Dim:
+    """A polynomial that is no plain integer. Immutable; equal polynomials hash alike."""
+
+    __slots__ = ("_key", "terms")
+
+    def __init__(self, terms: Mapping[tuple[str, ...], int]):
+        self.terms = dict(terms)
+        self._key = tuple(sorted(self.terms.items()))
+
+    @staticmethod
+    def named(name: str) -> Dim:
+        return Dim({(name,): 1})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dim) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        parts = []
+        for monomial, factor in self._key:
+            name = "*".join(monomial)
+            parts.append(str(factor) if not monomial else name if factor == 1 else f"{factor}*{name}")
+        return "+".join(parts)
+
+    def __add__(self, other: Size) -> Size:
+        terms = dict(self.terms)
+        for monomial, factor in _terms(other).items():
+            terms[monomial] = terms.get(monomial, 0) + factor
+        return _normal(terms)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Size:
+        return self * -1
+
+    def __sub__(self, other: Size) -> Size:
+        return self + other * -1
+
+    def __rsub__(self, other: Size) -> Size:
+        return self * -1 + other
+
+    def __mul__(self, other: Size) -> Size:
+        terms: dict[tuple[str, ...], int] = {}
+        for left, a in self.terms.items():
+            for right, b in _terms(other).items():
+                monomial = tuple(sorted(left + right))
+                terms[monomial] = terms.get(monomial, 0) + a * b
+        return _normal(terms)
+
+    __rmul__ = __mul__
+
+
+Size = Union[int, Dim]  # noqa: UP007 - evaluated at import, where Python 3.10 refuses `int | "Dim"` in quotes
+
+
+def floor_divide(size: Size, by: int) -> Size:
+    """`size` divided by a positive integer, rounded down."""
+    if isinstance(size, int):
+        return size // by
+    exact = _divide_exactly(size, by)
+    return exact if exact is not None else Dim.named(f"floor(({size!r})/{by})")
+
+
+def truncate_divide(size: Size, by: Size) -> Size | None:
+    """ONNX's integer Div, which rounds towards zero; None for a division by zero."""
+    if by == 0:
+        return None
+    if isinstance(size, int) and isinstance(by, int):
+        quotient = abs(size) // abs(by)
+        return quotient if (size >= 0) == (by >= 0) else -quotient
+    if size == by:
+        return None  # 1 unless both are zero
+    if isinstance(by, int) and isinstance(size, Dim):
+        exact = _divide_exactly(size, by)
+        if exact is not None:
+            return exact
+    return Dim.named(f"trunc(({size!r})/({by!r}))")
+
+
+def _divide_exactly(size: Dim, by: int) -> Size | None:
+    if any(factor % by for factor in size.terms.values()):
+        return None
+    return _normal({monomial: factor // by for monomial, factor in size.terms.items()})
+
+
+def _terms(size: Size) -> Mapping[tuple[str, ...], int]:
+    return {(): int(size)} if not isinstance(size, Dim) else size.terms
+
+
+def _normal(terms: Mapping[tuple[str, ...], int]) -> Size:
+    kept = {monomial: factor for monomial, factor in terms.items() if factor}
+    if not kept:
+        return 0
+    if set(kept) == {()}:
+        return kept[()]
+    return Dim(kept)

@@ -1,0 +1,91 @@
+"""Common subexpressions: nodes that compute the same thing from the same values, and equal small constants."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import graph as g
+from graphopt.passes.cleanup.constants import NONDETERMINISTIC
+from graphopt.passes.cleanup.shapes import ShapeFacts
+
+_MERGED_CONSTANT_BYTES = 1024
+"""Small constants are merged so that the nodes reading them compare equal; large weights keep their names."""
+
+
+def merge_duplicates(model: ir.Model, facts: ShapeFacts) -> int:
+    """Merge equal constants, equal shape vectors and equal nodes of the main graph; returns nodes removed."""
+    _merge_constants(model.graph)
+    return _merge_vectors(model, facts) + _merge_nodes(model)
+
+
+def _merge_constants(graph: ir.Graph) -> None:
+    first: dict[tuple, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or value.is_graph_input() or value.is_graph_output() or not value.name:
+            continue
+        if tensor.nbytes > _MERGED_CONSTANT_BYTES or tensor.dtype == ir.DataType.STRING:
+            continue
+        key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+        kept = first.setdefault(key, value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del graph.initializers[value.name]
+
+
+def _merge_vectors(model: ir.Model, facts: ShapeFacts) -> int:
+    """Integer vectors with equal symbolic contents: Shape(Relu(x)) is Shape(x)."""
+    first: dict[tuple, ir.Value] = {}
+    removed = 0
+    for value, content in facts.vectors():
+        producer = value.producer()
+        if producer is None or producer.graph is not model.graph or not value.uses():
+            continue
+        key = (value.dtype, content.shape, tuple(content.reshape(-1)))
+        kept = first.setdefault(key, value)
+        if kept is not value and g.replace_value(value, kept):
+            model.graph.remove(producer, safe=True)
+            removed += 1
+    return removed
+
+
+def _merge_nodes(model: ir.Model) -> int:
+    first: dict[tuple, ir.Node] = {}
+    removed = 0
+    for node in list(model.graph):
+        key = _identity(node)
+        if key is None:
+            continue
+        kept = first.setdefault(key, node)
+        if kept is node:
+            continue
+        pairs = list(zip(node.outputs, kept.outputs, strict=True))
+        if any(old.is_graph_output() for old, _ in pairs) and len(pairs) > 1:
+            continue
+        if all(g.replace_value(old, new) for old, new in pairs):
+            model.graph.remove(node, safe=True)
+            removed += 1
+    return removed
+
+
+def _identity(node: ir.Node) -> tuple | None:
+    """What makes two nodes the same; None for nodes that must stay apart."""
+    if node.op_type in NONDETERMINISTIC or g.holds_subgraphs(node) or node.op_type == "Constant":
+        return None
+    if not g.is_onnx(node) and node.domain not in ("com.microsoft", "ai.onnx.ml"):
+        return None
+    if g.is_onnx(node, "Dropout") and g.input_of(node, 2) is not None:
+        return None
+    attributes = []
+    for name in sorted(node.attributes):
+        found = node.attributes[name]
+        if found.type == ir.AttributeType.TENSOR:
+            attributes.append((name, found.value.dtype, tuple(found.value.shape.numpy()), found.value.tobytes()))
+        elif found.is_ref() or not isinstance(found.value, (int, float, str, bytes, tuple, list)):
+            return None
+        else:
+            plain = tuple(found.value) if isinstance(found.value, (tuple, list)) else found.value
+            attributes.append((name, found.type, np.asarray(plain).tobytes() if isinstance(plain, float) else plain))
+    written = tuple(bool(v.name) for v in node.outputs)
+    return node.op_identifier(), written, tuple(id(v) for v in node.inputs), tuple(attributes)

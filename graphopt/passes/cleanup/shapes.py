@@ -1,0 +1,385 @@
+"""What can be known of shapes and of integer vectors computed from shapes, while some dimensions stay dynamic.
+
+`ShapeFacts(model)` walks the graph once. `shape(value)` is a tuple of integers and `Dim`s, `content(value)` the
+elements of an integer scalar or vector that shape arithmetic produced. Dimension names are taken at their word
+(ONNX: equal names, equal sizes), so run `infer_shapes` first: it keeps the names of the model's inputs and forgets
+those on other values, where exporters write names that hold for one trace only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from graphopt import graph as g
+from graphopt.passes.cleanup.dimensions import Dim, Size, floor_divide, truncate_divide
+
+Shape = tuple[Size, ...]
+
+_NAME = re.compile(r"[A-Za-z_][\w.\-]*")
+_NAMELESS = frozenset({"none", "unk", "unknown", "dynamic", "dyn", "any"})
+_LONGEST_VECTOR = 64
+_KEEPS_SHAPE = frozenset(
+    {
+        "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp",
+        "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu", "Log",
+        "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
+        "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu",
+    }
+)  # fmt: skip
+_BROADCASTS = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod",
+     "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"}
+)  # fmt: skip
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Run ONNX's shape inference on the main graph, with data propagation; the declared outputs may change.
+
+    Symbolic dimensions recorded on computed values are forgotten first. A model that inference refuses is left
+    without inferred shapes.
+    """
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+class ShapeFacts:
+    """Shapes and shape vectors of a model's main graph, as they are now."""
+
+    def __init__(self, model: ir.Model):
+        self._opset = g.opset_of(model)
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._contents: dict[ir.Value, np.ndarray | None] = {}
+        for node in model.graph:
+            if g.is_onnx(node) and not g.holds_subgraphs(node):
+                content = self._evaluate(node)
+                if content is not None and content.size <= _LONGEST_VECTOR:
+                    self._contents[node.outputs[0]] = content
+                if node.op_type == "Split":
+                    self._infer_split(node)
+                    continue
+                shape = self._infer(node)
+                if shape is not None:
+                    self._shapes[node.outputs[0]] = self._sharpen(shape, node.outputs[0])
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """The dimensions of `value`; None when its rank is unknown."""
+        if value is None:
+            return None
+        if value not in self._shapes:
+            self._shapes[value] = self._recorded(value)
+        return self._shapes[value]
+
+    def content(self, value: ir.Value | None) -> np.ndarray | None:
+        """Elements of an integer scalar or vector: an object array of integers and `Dim`s; None when unknown."""
+        if value is None:
+            return None
+        if value not in self._contents:
+            array = g.constant_of(value)
+            small = array is not None and array.ndim <= 1 and array.size <= _LONGEST_VECTOR
+            kept = array is not None and small and array.dtype in (np.int64, np.int32)
+            self._contents[value] = _objects(array) if array is not None and kept else None
+        return self._contents[value]
+
+    def vectors(self) -> list[tuple[ir.Value, np.ndarray]]:
+        """The computed integer values that are known at least in part, in topological order."""
+        return [(v, c) for v, c in self._contents.items() if c is not None and v.producer() is not None]
+
+    def _recorded(self, value: ir.Value) -> Shape | None:
+        array = value.const_value
+        if array is not None and not value.is_graph_input():
+            return tuple(int(d) for d in array.shape.numpy())
+        if value.shape is None:
+            return None
+        return tuple(_size(d, f"{value.name}#{axis}") for axis, d in enumerate(value.shape))
+
+    def _sharpen(self, shape: Shape, value: ir.Value) -> Shape:
+        """Integers that ONNX's own inference found are better than anything derived here."""
+        recorded = g.dims_of(value)
+        if recorded is None or len(recorded) != len(shape):
+            return shape
+        return tuple(d if r is None else r for r, d in zip(recorded, shape, strict=True))
+
+    # -- shapes ------------------------------------------------------------------------------------------------
+
+    def _infer(self, node: ir.Node) -> Shape | None:
+        op = node.op_type
+        first = self.shape(g.input_of(node, 0))
+        if op in _KEEPS_SHAPE:
+            return first
+        if op in _BROADCASTS:
+            return _broadcast([self.shape(v) for v in node.inputs])
+        if first is None:
+            return None
+        if op == "Transpose":
+            perm = g.attribute(node, "perm", tuple(reversed(range(len(first)))))
+            return tuple(first[axis] for axis in perm) if len(perm) == len(first) else None
+        if op == "Concat":
+            return self._concat(node)
+        if op == "Reshape":
+            return self._reshape(node, first)
+        if op in ("Conv", "MaxPool", "AveragePool"):
+            return self._window(node, first)
+        return None
+
+    def _concat(self, node: ir.Node) -> Shape | None:
+        shapes = [self.shape(v) for v in node.inputs]
+        first = shapes[0]
+        if first is None or not first:
+            return None
+        axis = g.attribute(node, "axis", 0) % len(first)
+        total: Size = 0
+        for shape in shapes:
+            if shape is None or len(shape) != len(first):
+                return None
+            total = shape[axis] + total
+        return (*first[:axis], total, *first[axis + 1 :])
+
+    def _infer_split(self, node: ir.Node) -> None:
+        whole = self.shape(node.inputs[0])
+        if not whole:
+            return
+        axis = g.attribute(node, "axis", 0) % len(whole)
+        sizes = g.attribute(node, "split", None)
+        sizes = list(sizes) if sizes is not None else g.integers_of(g.input_of(node, 1))
+        for index, value in enumerate(node.outputs):
+            if sizes is not None and len(sizes) == len(node.outputs):
+                part: Size = sizes[index]
+            elif isinstance(whole[axis], int) and whole[axis] % len(node.outputs) == 0:  # type: ignore[operator]
+                part = floor_divide(whole[axis], len(node.outputs))
+            else:
+                part = Dim.named(f"#{value.name}#{axis}")
+            self._shapes[value] = self._sharpen((*whole[:axis], part, *whole[axis + 1 :]), value)
+
+    def _reshape(self, node: ir.Node, data: Shape) -> Shape | None:
+        target = self.content(g.input_of(node, 1))
+        if target is None or g.attribute(node, "allowzero", 0):
+            return None
+        shape: list[Size] = list(target)
+        for axis, size in enumerate(shape):
+            if isinstance(size, int) and size == 0:
+                if axis >= len(data):
+                    return None
+                shape[axis] = data[axis]
+        if any(isinstance(size, Dim) and min(size.terms.values()) < 0 for size in shape):
+            return None  # a difference may come out as 0 or -1, which mean something else here
+        if any(isinstance(size, int) and size == -1 for size in shape):
+            known: Size = 1
+            for size in shape:
+                if not (isinstance(size, int) and size == -1):
+                    known = size * known
+            total: Size = 1
+            for size in data:
+                total = size * total
+            missing = _quotient(total, known)
+            if missing is None:
+                return None
+            shape = [missing if isinstance(size, int) and size == -1 else size for size in shape]
+        return tuple(shape)
+
+    def _window(self, node: ir.Node, data: Shape) -> Shape | None:
+        """Conv and pooling with explicit padding: floor((size + pads - dilation*(kernel-1) - 1)/stride) + 1."""
+        if g.attribute(node, "auto_pad", "NOTSET") != "NOTSET" or g.attribute(node, "ceil_mode", 0):
+            return None
+        spatial = len(data) - 2
+        weight = self.shape(g.input_of(node, 1)) if node.op_type == "Conv" else None
+        if node.op_type == "Conv" and weight is None:
+            return None
+        kernel = g.attribute(node, "kernel_shape", weight[2:] if weight else None)
+        if kernel is None or len(kernel) != spatial or not all(isinstance(k, int) for k in kernel):
+            return None
+        strides = g.attribute(node, "strides", (1,) * spatial)
+        dilations = g.attribute(node, "dilations", (1,) * spatial)
+        pads = g.attribute(node, "pads", (0,) * (2 * spatial))
+        sizes: list[Size] = [data[0], weight[0] if weight else data[1]]
+        for axis in range(spatial):
+            reach = dilations[axis] * (kernel[axis] - 1) + 1
+            room = data[2 + axis] + (pads[axis] + pads[axis + spatial] - reach)
+            sizes.append(floor_divide(room, strides[axis]) + 1)
+        return tuple(sizes)
+
+    # -- contents ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, node: ir.Node) -> np.ndarray | None:
+        op = node.op_type
+        if op in ("Shape", "Size"):
+            shape = self.shape(node.inputs[0])
+            if shape is None:
+                return None
+            if op == "Shape":
+                return _objects(shape[slice(g.attribute(node, "start", None), g.attribute(node, "end", None))])
+            total: Size = 1
+            for size in shape:
+                total = size * total
+            return _scalar(total)
+        step = _STEPS.get(op)
+        if step is None or node.outputs[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+            return None
+        operands = [None if v is None else self.content(v) for v in node.inputs]
+        if any(v is not None and c is None for v, c in zip(node.inputs, operands, strict=True)):
+            return None
+        if not operands or operands[0] is None:
+            return None
+        try:
+            found = step(node, operands, self._opset)
+        except (IndexError, ValueError, TypeError, np.exceptions.AxisError):
+            return None  # an invalid or unusual node: left to the runtime
+        return found if found is None or found.ndim <= 1 else None
+
+
+def _size(dimension: int | ir.SymbolicDim, anonymous: str) -> Size:
+    if isinstance(dimension, int):
+        return dimension
+    name = dimension.value
+    if name and _NAME.fullmatch(name) and name.lower() not in _NAMELESS:
+        return Dim.named(name)
+    return Dim.named(f"#{anonymous}")
+
+
+def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
+    known = [s for s in shapes if s is not None]
+    if len(known) != len(shapes) or not known:
+        return None
+    rank = max(len(s) for s in known)
+    sizes: list[Size] = []
+    for axis in range(-rank, 0):
+        column = {s[axis] for s in known if len(s) >= -axis} - {1}
+        fixed = [d for d in column if isinstance(d, int)]
+        if len(column) > 1 and not fixed:
+            return None
+        sizes.append(fixed[0] if fixed else column.pop() if column else 1)
+    return tuple(sizes)
+
+
+def _quotient(total: Size, known: Size) -> Size | None:
+    """total/known where it comes out even, for the -1 of a Reshape."""
+    if isinstance(known, int):
+        if known <= 0:
+            return None
+        if isinstance(total, int):
+            return total // known if total % known == 0 else None
+        return floor_divide(total, known)
+    if not isinstance(total, Dim) or len(total.terms) != 1 or len(known.terms) != 1:
+        return None
+    (above, a), (below, b) = next(iter(total.terms.items())), next(iter(known.terms.items()))
+    rest = list(above)
+    for atom in below:
+        if atom not in rest:
+            return None
+        rest.remove(atom)
+    return None if a % b else Dim.named("*".join(rest)) * (a // b) if len(rest) == 1 else a // b if not rest else None
+
+
+def _objects(elements) -> np.ndarray:
+    array = np.empty(np.shape(elements), dtype=object)
+    flat = [e if isinstance(e, Dim) else int(e) for e in np.asarray(elements, dtype=object).reshape(-1)]
+    for k, element in enumerate(flat):
+        array.reshape(-1)[k] = element
+    return array
+
+
+def _scalar(element: Size) -> np.ndarray:
+    array = np.empty((), dtype=object)
+    array[()] = element
+    return array
+
+
+def _axes(node: ir.Node, operands: list, opset: int) -> list[int] | None:
+    if opset >= 13:
+        axes = operands[1] if len(operands) > 1 else None
+        return None if axes is None else [int(a) for a in np.atleast_1d(axes)]
+    axes = g.attribute(node, "axes", None)
+    return None if axes is None else [int(a) for a in axes]
+
+
+def _unsqueeze(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    return operands[0].reshape(1) if operands[0].ndim == 0 and _axes(node, operands, opset) in ([0], [-1]) else None
+
+
+def _squeeze(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    if operands[0].ndim == 0 or _axes(node, operands, opset) not in (None, [0], [-1]):
+        return operands[0] if operands[0].ndim == 0 else None
+    return operands[0].reshape(()) if operands[0].size == 1 else operands[0]
+
+
+def _gather(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    data, indices = operands
+    if data.ndim != 1 or any(isinstance(i, Dim) for i in indices.reshape(-1)):
+        return None
+    picked = data[indices.astype(np.int64)]
+    return picked if isinstance(picked, np.ndarray) else _scalar(picked)
+
+
+def _slice(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    if opset >= 10:
+        starts, ends = operands[1], operands[2]
+        axes = operands[3] if len(operands) > 3 else None
+        steps = operands[4] if len(operands) > 4 else None
+    else:
+        starts, ends = _objects(g.attribute(node, "starts", ())), _objects(g.attribute(node, "ends", ()))
+        axes, steps = None, None
+    step = 1 if steps is None else steps.reshape(-1)[0]
+    if operands[0].ndim != 1 or starts.size != 1 or any(isinstance(x, Dim) for x in (starts[0], ends[0], step)):
+        return None
+    if axes is not None and int(axes[0]) not in (0, -1):
+        return None
+    return operands[0][slice(starts[0], ends[0], step)] if step > 0 else None
+
+
+def _concatenate(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    return np.concatenate(operands) if all(o is not None and o.ndim == 1 for o in operands) else None
+
+
+def _flatten_vector(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    target = list(operands[1].reshape(-1))
+    if target in ([-1], [operands[0].size]):
+        return operands[0].reshape(-1)
+    return operands[0].reshape(()) if not target and operands[0].size == 1 else None
+
+
+def _reduce_product(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    if operands[0].ndim != 1 or (len(operands) > 1 and operands[1] is not None and [*operands[1]] not in ([0], [-1])):
+        return None
+    total: Size = 1
+    for element in operands[0]:
+        total = element * total
+    return _objects([total]) if g.attribute(node, "keepdims", 1) else _scalar(total)
+
+
+def _elementwise(operation: Callable[[Size, Size], Size | None]):
+    def step(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+        left, right = np.broadcast_arrays(operands[0], operands[1])
+        results = [operation(a, b) for a, b in zip(left.reshape(-1), right.reshape(-1), strict=True)]
+        if any(r is None for r in results):
+            return None
+        return _objects(results).reshape(left.shape) if left.ndim else _scalar(results[0])  # type: ignore[arg-type]
+
+    return step
+
+
+def _same(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    return operands[0]
+
+
+_STEPS = {
+    "Add": _elementwise(lambda a, b: a + b),
+    "Sub": _elementwise(lambda a, b: a - b),
+    "Mul": _elementwise(lambda a, b: a * b),
+    "Div": _elementwise(truncate_divide),
+    "Cast": _same,
+    "Identity": _same,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": _concatenate,
+    "Reshape": _flatten_vector,
+    "ReduceProd": _reduce_product,
+}

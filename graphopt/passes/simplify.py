@@ -1,0 +1,154 @@
+"""Remove everything from a graph that its result does not need.
+
+    f(c1, c2, ...)                 =  c           constants are computed now
+    Reshape(x, Concat(Shape(x)[0], 64))  =  Reshape(x, [0, 64])
+    f(x), f(x)                     =  one f(x)
+
+Cases, in the order they are tried; repeated until nothing changes:
+
+1. Initializers that are also listed as inputs become constants, no longer listed. Up to IR version 3 the format
+   demands the listing (ONNX Runtime reads them as constants too; the IR version becomes 4). From version 4 on they
+   are defaults that a caller could override; old exporters list every weight, graphopt's signature leaves them out,
+   and no weight could be folded or quantized otherwise. `keep_overridable=true` keeps them, and never folds them.
+2. Constant nodes become initializers of the same name.
+3. Shapes are inferred, also where dimensions are dynamic (as polynomials: H + 2 - 3 + 1 = H).
+4. Integer vectors computed from known dimensions become constants; a Reshape whose target is known in all elements
+   but one gets a constant target with -1 there.
+5. Nodes whose operands are all constant are computed with ONNX Runtime's own kernels. A result of more than
+   `max_folded_bytes` bytes is stored only if it takes no more room than the initializers it replaces: a large
+   ConstantOfShape, Expand, Tile or Range stays a node.
+6. Nodes that change nothing go: Identity, Dropout in inference, Cast to the same type, Reshape, Expand, Flatten to
+   the same shape, Transpose in order, Pad by nothing, Slice of everything, Tile by 1, Concat or Sum of one, x + 0,
+   x - 0, x * 1, x / 1, Relu of Relu and of what is never negative, Abs of Abs, Floor of Floor ...
+7. Neighbours are joined: Transpose of Transpose; Reshape, Flatten, Squeeze, Unsqueeze and a Transpose that moves
+   dimensions of size 1 only, of each other; Slice of Slice on other axes; slices that cut a value into pieces become
+   one Split; Concat of Concat on one axis; Clip from at least 0 of Relu.
+8. Equal constants (up to 1 KiB), equal shape vectors (Shape(Relu(x)) is Shape(x)) and equal nodes are merged.
+9. Nodes, initializers, optional outputs and functions nobody uses go.
+10. With `use_onnxsim`, onnx-simplifier is asked as well, in a process of its own and without its rewrites that change
+    rounding; its answer is taken if it has fewer nodes, no more bytes, and gives the same bits on a random input.
+
+Applies when: always; the signature (names, types, shapes, order of inputs and outputs) stays as it is.
+Refuses when: a node carries a subgraph (If, Loop, Scan), is random, belongs to a domain other than ONNX's, handles
+sequences or optionals, or is a QuantizeLinear or DequantizeLinear: such nodes are left as they are, though what feeds
+them may be simplified. A node whose result is an output of the model and would become an input or a constant stays.
+Differences accepted: x + 0 turns -0.0 into +0.0, its removal does not; a tensor with no elements may be reshaped with
+-1 where the original spelled a size; and a runtime may choose another kernel for a weight that has become a constant.
+onnxscript's optimizer drops an epsilon of 1e-9 added to a variance, which nothing here does: it is not exact.
+Fidelity: EXACT.
+Reference: onnx-simplifier (github.com/daquexian/onnx-simplifier) for the idea of folding with the runtime's kernels.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from graphopt import graph as g
+from graphopt.errors import PassError
+from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
+from graphopt.passes.cleanup.chains import fuse_chains
+from graphopt.passes.cleanup.constants import fold_constants, lift_constants
+from graphopt.passes.cleanup.duplicates import merge_duplicates
+from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
+from graphopt.passes.cleanup.redundant import drop_redundant
+from graphopt.passes.cleanup.shapes import ShapeFacts, infer_shapes
+
+_MOST_ROUNDS = 50
+
+
+class Simplify(Pass):
+    """Constant folding, shape arithmetic, common subexpressions, and nodes that do nothing.
+
+    `use_onnxsim`: also ask onnx-simplifier, guarded. `max_folded_bytes`: the most that one folded result may add
+    to the model. `keep_overridable`: initializers listed as inputs stay inputs (IR version 4 and later).
+    """
+
+    fidelity = Fidelity.EXACT
+
+    use_onnxsim: bool = True
+    max_folded_bytes: int = 262144
+    keep_overridable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_folded_bytes < 0:
+            raise ValueError(f"max_folded_bytes={self.max_folded_bytes} must not be negative")
+
+    def run(self, model: ir.Model, context: Context) -> PassResult:
+        """Simplify `model`; `applied` is the number of nodes and Constant nodes that are gone."""
+        before = len(model.graph)
+        notes: list[str] = []
+        unlisted = 0 if self.keep_overridable and (model.ir_version or 4) >= 4 else constants_from_inputs(model)
+        if unlisted:
+            notes.append(f"{unlisted} initializers that were listed as inputs are constants now")
+        overridable = sum(v.is_graph_input() for v in model.graph.initializers.values())
+        if overridable:
+            notes.append(f"{overridable} initializers are inputs that a caller may override: not folded")
+        self._to_fixpoint(model)
+        if self.use_onnxsim:
+            own = g.count_nodes(model.graph)
+            model, note = simplify_with_onnxsim(model, self.max_folded_bytes)
+            if note is not None:
+                notes.append(note)
+            else:
+                notes.append(f"onnxsim removed {own - g.count_nodes(model.graph)} more nodes")
+                self._to_fixpoint(model)
+        skipped = tuple(
+            Skip(g.label(node), "its subgraphs are left as they are") for node in model.graph if g.holds_subgraphs(node)
+        )
+        return PassResult(model, before - len(model.graph), skipped, tuple(notes))
+
+    def _to_fixpoint(self, model: ir.Model) -> None:
+        given = frozenset(model.graph.initializers)
+        declared = [(v.shape, v.type) for v in model.graph.outputs]
+        for _ in range(_MOST_ROUNDS):
+            if not self._round(model, given):
+                break
+        else:
+            raise PassError(f"simplify does not settle in {_MOST_ROUNDS} rounds", hint="please report the model")
+        for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
+            value.shape, value.type = shape, type_
+
+    def _round(self, model: ir.Model, given: frozenset[str]) -> int:
+        changed = lift_constants(model)
+        infer_shapes(model)
+        changed += _store_known_vectors(model, ShapeFacts(model))
+        changed += fold_constants(model, self.max_folded_bytes, given)
+        changed += drop_redundant(model, ShapeFacts(model))
+        changed += fuse_chains(model, ShapeFacts(model))
+        changed += merge_duplicates(model, ShapeFacts(model))
+        return changed + _remove_unused(model)
+
+
+def constants_from_inputs(model: ir.Model) -> int:
+    """Case 1: take initializers off the list of inputs; returns how many."""
+    listed = [v for v in model.graph.inputs if v.name in model.graph.initializers]
+    for value in listed:
+        model.graph.inputs.remove(value)
+    if listed and (model.ir_version or 4) < 4:
+        model.ir_version = 4
+    return len(listed)
+
+
+def _store_known_vectors(model: ir.Model, facts: ShapeFacts) -> int:
+    """Case 4: integer vectors without an unknown element become initializers; returns how many."""
+    stored = 0
+    for value, content in facts.vectors():
+        producer = value.producer()
+        if producer is None or producer.graph is not model.graph or len(producer.outputs) != 1 or not value.uses():
+            continue
+        if value.is_graph_output() or value.dtype is None or not all(isinstance(e, int) for e in content.reshape(-1)):
+            continue
+        constant = g.add_initializer(model.graph, str(value.name), content.astype(value.dtype.numpy()))
+        if g.replace_value(value, constant):
+            model.graph.remove(producer, safe=True)
+            stored += 1
+    return stored
+
+
+def _remove_unused(model: ir.Model) -> int:
+    before = len(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    g.remove_unused_initializers(model.graph)
+    return before - len(model.graph)
