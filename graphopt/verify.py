@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from graphopt import graph as graphs
@@ -146,6 +147,8 @@ def output_error(
 def total_reduction_length(model: ir.Model) -> float:
     """Sum over nodes of the number of products added up for one output element (1 for element-wise operators)."""
     total = 0.0
+    if models.parameter_bytes(model) < models.PROTOBUF_LIMIT_BYTES // 2:
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         total += _reduction_length(node)
     return max(total, 1.0)
