@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt import graph as g
 from graphopt.passes.cleanup.dimensions import Dim
+from graphopt.passes.cleanup.redundant import slice_operands
 from graphopt.passes.cleanup.shapes import ShapeFacts
 
 _MOVES_ONLY_SHAPE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
@@ -160,7 +161,7 @@ def _as_target(data: tuple, after: tuple) -> list[int] | None:
 
 
 def _slice(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
-    """Slice(Slice(x, a), b) = Slice(x, a + b) where the two slice different axes (opset 10 and later)."""
+    """Slice(Slice(x, a), b) = Slice(x, a + b) where the two slice different axes"""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     if value is None or producer is None or not g.is_onnx(producer, "Slice") or value.is_graph_output():
@@ -172,6 +173,14 @@ def _slice(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
         return False
     joined = {**inner, **outer}
     axes = sorted(joined)
+    if g.opset_of(model) < 10:
+        node.attributes["starts"] = ir.AttrInt64s("starts", [joined[a][0] for a in axes])
+        node.attributes["ends"] = ir.AttrInt64s("ends", [joined[a][1] for a in axes])
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+        node.replace_input_with(0, producer.inputs[0])
+        if not value.uses():
+            model.graph.remove(producer, safe=True)
+        return True
     columns = (
         [joined[a][0] for a in axes], [joined[a][1] for a in axes], axes, [joined[a][2] for a in axes],
     )  # fmt: skip
@@ -191,7 +200,7 @@ def _split_slices(model: ir.Model, facts: ShapeFacts) -> int:
     """Two or more slices that cut a value into adjacent pieces along one axis are one Split (opset 2 and later)."""
     by_source: dict[tuple[ir.Value, int], list[tuple[int, int, ir.Node]]] = {}
     for node in model.graph:
-        if not g.is_onnx(node, "Slice") or g.opset_of(model) < 10 or node.inputs[0] is None:
+        if not g.is_onnx(node, "Slice") or node.inputs[0] is None:
             continue
         ranges, shape = _ranges(node, facts), facts.shape(node.inputs[0])
         if ranges is None or shape is None or len(ranges) != 1:
@@ -238,13 +247,10 @@ def _as_split(model: ir.Model, value: ir.Value, axis: int, sizes: list[int], sli
 
 def _ranges(node: ir.Node, facts: ShapeFacts) -> dict[int, tuple[int, int, int]] | None:
     """axis -> (start, end, step) of a Slice with constant operands; axes counted from the front."""
-    starts, ends = g.integers_of(g.input_of(node, 1)), g.integers_of(g.input_of(node, 2))
-    if starts is None or ends is None or "starts" in node.attributes:
+    found = slice_operands(node)
+    if found is None:
         return None
-    axes = list(range(len(starts))) if g.input_of(node, 3) is None else g.integers_of(node.inputs[3])
-    steps = [1] * len(starts) if g.input_of(node, 4) is None else g.integers_of(node.inputs[4])
-    if axes is None or steps is None:
-        return None
+    starts, ends, axes, steps = found
     if any(a < 0 for a in axes):
         shape = facts.shape(node.inputs[0])
         if shape is None:

@@ -113,20 +113,24 @@ def _pad(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
     return node.inputs[0] if pads is not None and all(p == 0 for p in pads) else None
 
 
-def _slice(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
+def slice_operands(node: ir.Node) -> tuple[list[int], list[int], list[int], list[int]] | None:
+    """Starts, ends, axes and steps of a Slice, as attributes (before opset 10) or constants; None if computed."""
     if "starts" in node.attributes:
         starts, ends = list(g.attribute(node, "starts", ())), list(g.attribute(node, "ends", ()))
-        steps: list[int] | None = [1] * len(starts)
-        axes: list[int] | None = list(g.attribute(node, "axes", range(len(starts))))
-    else:
-        found = [g.integers_of(g.input_of(node, k)) for k in (1, 2)]
-        if found[0] is None or found[1] is None:
-            return None
-        starts, ends = found[0], found[1]
-        axes = list(range(len(starts))) if g.input_of(node, 3) is None else g.integers_of(node.inputs[3])
-        steps = [1] * len(starts) if g.input_of(node, 4) is None else g.integers_of(node.inputs[4])
-    if axes is None or steps is None or any(s != 0 for s in starts) or any(s != 1 for s in steps):
+        return starts, ends, list(g.attribute(node, "axes", range(len(starts)))), [1] * len(starts)
+    first, last = g.integers_of(g.input_of(node, 1)), g.integers_of(g.input_of(node, 2))
+    if first is None or last is None:
         return None
+    axes = list(range(len(first))) if g.input_of(node, 3) is None else g.integers_of(node.inputs[3])
+    steps = [1] * len(first) if g.input_of(node, 4) is None else g.integers_of(node.inputs[4])
+    return None if axes is None or steps is None else (first, last, axes, steps)
+
+
+def _slice(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
+    operands = slice_operands(node)
+    if operands is None or any(s != 0 for s in operands[0]) or any(s != 1 for s in operands[3]):
+        return None
+    _, ends, axes, _ = operands
     shape = facts.shape(node.inputs[0])
     for end, axis in zip(ends, axes, strict=True):
         size = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
