@@ -169,8 +169,9 @@ def _reduction_length(node: ir.Node) -> float:
         return float(_dimension(node.inputs[0], -1))
     if node.op_type.startswith("Reduce") or node.op_type in ("GlobalAveragePool", "Softmax", "LayerNormalization"):
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
-        if shape is not None and all(isinstance(d, int) for d in shape) and len(shape) > 1:
-            return float(np.prod([int(d) for d in shape[2 if len(shape) > 2 else 1 :]]))
+        if shape is not None and len(shape) > 1:
+            summed = shape[2 if len(shape) > 2 else 1 :]
+            return float(np.prod([d for d in summed if isinstance(d, int)]))
     return 1.0
 
 
