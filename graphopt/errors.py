@@ -82,6 +82,16 @@ class UnsupportedOperatorError(TargetError):
     """The target's compiler has no implementation for some of the model's operators."""
 
 
+class MeasurementError(GraphoptError):
+    """A contender could not be timed: it would not start, crashed, or did not answer in time."""
+
+
+class EnvironmentMismatchError(MeasurementError):
+    """Saved measurements were taken under different conditions: their ratio would mean nothing."""
+
+    exit_code = EXIT_USAGE
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None when nothing is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

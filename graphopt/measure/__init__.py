@@ -1,0 +1,24 @@
+"""Honest timing: paired, interleaved, each contender in a process of its own; raw samples first."""
+
+from graphopt.measure.comparison import Comparison, compare, compare_saved
+from graphopt.measure.contenders import Contender
+from graphopt.measure.environment import Environment, environment, fingerprint
+from graphopt.measure.paired import PairedResult, race
+from graphopt.measure.stats import LatencyStats, Ratio
+from graphopt.measure.verdict import Judgement, Verdict
+
+__all__ = [
+    "Comparison",
+    "Contender",
+    "Environment",
+    "Judgement",
+    "LatencyStats",
+    "PairedResult",
+    "Ratio",
+    "Verdict",
+    "compare",
+    "compare_saved",
+    "environment",
+    "fingerprint",
+    "race",
+]

@@ -1,0 +1,111 @@
+"""Run an ONNX model in ONNX Runtime on the CPU: the second engine of an artifact, and the numerical reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from graphopt.errors import DataError, ModelError, TargetError, nearest
+
+
+class OnnxRuntimeEngine:
+    """An open ONNX Runtime session.
+
+    `model` is a path (external data is found beside it) or the bytes of a model without external data.
+    `threads` is the number of threads inside an operator, None for ONNX Runtime's choice; operators run one
+    after another. `optimize=False` turns every graph optimisation off: then it computes what the file says, node
+    by node, and can serve as a reference.
+
+    Raises ModelError when the file is missing or ONNX Runtime refuses it.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] | bytes, threads: int | None = None, optimize: bool = True
+    ) -> None:
+        import onnxruntime
+
+        self._label = "the model" if isinstance(model, bytes) else str(model)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # fatal only: its errors come back as exceptions, once
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            if threads < 1:
+                raise TargetError(f"threads must be at least 1, not {threads}")
+            options.intra_op_num_threads = threads
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        source = model if isinstance(model, bytes) else str(Path(model).absolute())
+        if isinstance(source, str) and not Path(source).is_file():
+            raise ModelError(f"no such file: {self._label}")
+        self._failures = _failures()
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except self._failures as error:
+            raise ModelError(f"ONNX Runtime cannot load {self._label}: {_one_line(error)}") from error
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self._output_list = list(self.output_names)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, for arrays of every input by name, in the model's shapes and dtypes.
+
+        Raises DataError when inputs are missing, unknown, or of the wrong shape or dtype; TargetError when an
+        operator fails.
+        """
+        try:
+            values = self._session.run(self._output_list, feeds)
+        except (*self._failures, ValueError) as error:
+            self._check(feeds)
+            raise TargetError(f"ONNX Runtime failed on {self._label}: {_one_line(error)}") from error
+        return dict(zip(self.output_names, values, strict=True))  # type: ignore[arg-type]
+
+    def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Say what is wrong with the inputs, if they are what is wrong. Only called after a failure."""
+        required = {value.name: value for value in self._session.get_inputs()}
+        known = set(required) | {value.name for value in self._session.get_overridable_initializers()}
+        for name in feeds:
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"did you mean {near!r}?" if near else f"its inputs are: {', '.join(required)}"
+                raise DataError(f"{self._label} has no input {name!r}", hint=hint)
+        for name, value in required.items():
+            if name not in feeds:
+                raise DataError(f"{self._label} needs input {name!r}", hint=f"it is {value.type} of {value.shape}")
+            given, wanted = np.asarray(feeds[name]), value.shape
+            fits = len(wanted) == given.ndim and all(
+                not isinstance(want, int) or want == have for want, have in zip(wanted, given.shape, strict=True)
+            )
+            dtype = _DTYPES.get(value.type)
+            if not fits or (dtype is not None and given.dtype != dtype):
+                raise DataError(
+                    f"input {name!r} of {self._label} is {value.type} of shape {wanted}, "
+                    f"but an array of {given.dtype} of shape {list(given.shape)} was given"
+                )
+
+
+_DTYPES = {
+    f"tensor({theirs})": np.dtype(ours)
+    for theirs, ours in (
+        ("float", "float32"),
+        ("double", "float64"),
+        ("float16", "float16"),
+        ("bool", "bool"),
+        *((f"{sign}int{bits}", f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    )
+}
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its own classes share no base, and some of its failures are RuntimeError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
+
+    own = (item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
+    return (*own, RuntimeError)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__
