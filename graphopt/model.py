@@ -15,6 +15,8 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, nearest
+from graphopt.shapes.facts import infer_shapes
+from graphopt.shapes.inferred import inferred_shapes
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 PROTOBUF_LIMIT_BYTES = 2_147_483_647
@@ -178,11 +180,28 @@ def fix_inputs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Mod
             value.shape = ir.Shape([d if isinstance(d, int) else named.get(str(d.value), d) for d in value.shape])
     for node in fixed.graph:  # recorded shapes of inner values and outputs may be stale now
         for value in node.outputs:
-            value.shape = None if not value.is_graph_output() else value.shape
+            if not value.is_graph_output():
+                value.shape = None
     for value in fixed.graph.outputs:
         if value.shape is not None:
-            value.shape = ir.Shape([None if not isinstance(d, int) else d for d in value.shape])
-    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(fixed), data_prop=True))
+            value.shape = ir.Shape([d if isinstance(d, int) else named.get(str(d.value), d) for d in value.shape])
+    _record_shapes(fixed)
+    return fixed
+
+
+def _record_shapes(model: ir.Model) -> None:
+    """Write down every shape that can be inferred; a name on an output stays where its size remains unknown."""
+    infer_shapes(scratch := model.clone())
+    types = {v.name: v.type for node in scratch.graph for v in node.outputs}
+    shapes = inferred_shapes(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.type is None:
+                value.type = types.get(value.name)
+            found = shapes.get(str(value.name))
+            if found is not None:
+                names = value.shape if value.shape is not None and len(value.shape) == len(found) else found
+                value.shape = ir.Shape([n if f is None else f for f, n in zip(found, names, strict=True)])
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -48,11 +48,11 @@ from graphopt import graph as g
 from graphopt.errors import PassError
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.cleanup.chains import fuse_chains
-from graphopt.passes.cleanup.constants import fold_constants, lift_constants
 from graphopt.passes.cleanup.duplicates import merge_duplicates
 from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
 from graphopt.passes.cleanup.redundant import drop_redundant
-from graphopt.passes.cleanup.shapes import ShapeFacts, infer_shapes
+from graphopt.shapes.constants import fold_constants, lift_constants
+from graphopt.shapes.facts import ShapeFacts, infer_shapes, store_known_vectors
 
 _MOST_ROUNDS = 50
 
@@ -112,7 +112,7 @@ class Simplify(Pass):
     def _round(self, model: ir.Model, given: frozenset[str]) -> int:
         changed = lift_constants(model)
         infer_shapes(model)
-        changed += _store_known_vectors(model, ShapeFacts(model))
+        changed += store_known_vectors(model, ShapeFacts(model))
         changed += fold_constants(model, self.max_folded_bytes, given)
         changed += drop_redundant(model, ShapeFacts(model))
         changed += fuse_chains(model, ShapeFacts(model))
@@ -128,22 +128,6 @@ def constants_from_inputs(model: ir.Model) -> int:
     if listed and (model.ir_version or 4) < 4:
         model.ir_version = 4
     return len(listed)
-
-
-def _store_known_vectors(model: ir.Model, facts: ShapeFacts) -> int:
-    """Case 4: integer vectors without an unknown element become initializers; returns how many."""
-    stored = 0
-    for value, content in facts.vectors():
-        producer = value.producer()
-        if producer is None or producer.graph is not model.graph or len(producer.outputs) != 1 or not value.uses():
-            continue
-        if value.is_graph_output() or value.dtype is None or not all(isinstance(e, int) for e in content.reshape(-1)):
-            continue
-        constant = g.add_initializer(model.graph, str(value.name), content.astype(value.dtype.numpy()))
-        if g.replace_value(value, constant):
-            model.graph.remove(producer, safe=True)
-            stored += 1
-    return stored
 
 
 def _remove_unused(model: ir.Model) -> int:

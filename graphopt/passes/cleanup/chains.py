@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.passes.cleanup.dimensions import Dim
 from graphopt.passes.cleanup.redundant import slice_operands
-from graphopt.passes.cleanup.shapes import ShapeFacts
+from graphopt.shapes.dimensions import Dim
+from graphopt.shapes.facts import ShapeFacts
 
 _MOVES_ONLY_SHAPE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 """Transpose only where `_keeps_order` holds."""

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.passes.cleanup.constants import NONDETERMINISTIC
-from graphopt.passes.cleanup.shapes import ShapeFacts
+from graphopt.shapes.constants import NONDETERMINISTIC
+from graphopt.shapes.facts import ShapeFacts
 
 _MERGED_CONSTANT_BYTES = 1024
 """Small constants are merged so that the nodes reading them compare equal; large weights keep their names."""

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from graphopt import graph as g
 from graphopt.errors import ModelError
 from graphopt.model import PROTOBUF_LIMIT_BYTES, check, parameter_bytes, signature, to_bytes
-from graphopt.passes.cleanup.constants import ort_refusals
+from graphopt.shapes.constants import ort_refusals
 
 SKIPPED_REWRITES = (
     "fuse_bn_into_conv",

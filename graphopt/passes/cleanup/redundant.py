@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.passes.cleanup.dimensions import Dim
-from graphopt.passes.cleanup.shapes import ShapeFacts
+from graphopt.shapes.dimensions import Dim
+from graphopt.shapes.facts import ShapeFacts
 
 _FAR = 2**31 - 1
 """Exporters write INT_MAX, or INT64_MAX, for "to the end"."""
@@ -116,8 +116,9 @@ def _pad(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
 def slice_operands(node: ir.Node) -> tuple[list[int], list[int], list[int], list[int]] | None:
     """Starts, ends, axes and steps of a Slice, as attributes (before opset 10) or constants; None if computed."""
     if "starts" in node.attributes:
-        starts, ends = list(g.attribute(node, "starts", ())), list(g.attribute(node, "ends", ()))
-        return starts, ends, list(g.attribute(node, "axes", range(len(starts)))), [1] * len(starts)
+        starts: list[int] = [*g.attribute(node, "starts", ())]
+        ends: list[int] = [*g.attribute(node, "ends", ())]
+        return starts, ends, [*g.attribute(node, "axes", range(len(starts)))], [1] * len(starts)
     first, last = g.integers_of(g.input_of(node, 1)), g.integers_of(g.input_of(node, 2))
     if first is None or last is None:
         return None

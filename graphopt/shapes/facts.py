@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from graphopt import graph as g
-from graphopt.passes.cleanup.dimensions import Dim, Size, floor_divide, truncate_divide
+from graphopt.shapes.dimensions import Dim, Size, floor_divide, truncate_divide
 
 Shape = tuple[Size, ...]
 
@@ -62,6 +62,8 @@ class ShapeFacts:
                 content = self._evaluate(node)
                 if content is not None and content.size <= _LONGEST_VECTOR:
                     self._contents[node.outputs[0]] = content
+                    self._shapes[node.outputs[0]] = content.shape
+                    continue
                 if node.op_type == "Split":
                     self._infer_split(node)
                     continue
@@ -232,6 +234,22 @@ class ShapeFacts:
         except (IndexError, ValueError, TypeError, np.exceptions.AxisError):
             return None  # an invalid or unusual node: left to the runtime
         return found if found is None or found.ndim <= 1 else None
+
+
+def store_known_vectors(model: ir.Model, facts: ShapeFacts) -> int:
+    """Turn computed integer vectors without an unknown element into initializers; returns how many."""
+    stored = 0
+    for value, content in facts.vectors():
+        producer = value.producer()
+        if producer is None or producer.graph is not model.graph or len(producer.outputs) != 1 or not value.uses():
+            continue
+        if value.is_graph_output() or value.dtype is None or not all(isinstance(e, int) for e in content.reshape(-1)):
+            continue
+        constant = g.add_initializer(model.graph, str(value.name), content.astype(value.dtype.numpy()))
+        if g.replace_value(value, constant):
+            model.graph.remove(producer, safe=True)
+            stored += 1
+    return stored
 
 
 def _size(dimension: int | ir.SymbolicDim, anonymous: str) -> Size:

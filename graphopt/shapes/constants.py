@@ -47,12 +47,18 @@ def lift_constants(model: ir.Model) -> int:
     return lifted
 
 
-def fold_constants(model: ir.Model, max_folded_bytes: int, given: Collection[str] = ()) -> int:
+def fold_constants(
+    model: ir.Model,
+    max_folded_bytes: int,
+    given: Collection[str] = (),
+    computed: dict[str, tuple[int | None, ...]] | None = None,
+) -> int:
     """Replace nodes that depend on no input by what they compute; returns how many went.
 
     A result is stored if it has at most `max_folded_bytes` bytes, or if it takes no more room than the
     initializers it makes superfluous, of those named in `given`: the ones the model came with, so that a large
-    result cannot come in by way of its parts. Otherwise its node stays, fed by constants.
+    result cannot come in by way of its parts. Otherwise its node stays, fed by constants. `computed` is given the
+    shapes of all values that were evaluated, by name.
     """
     evaluator = _Evaluator(model)
     known: dict[ir.Value, np.ndarray] = {}
@@ -71,6 +77,8 @@ def fold_constants(model: ir.Model, max_folded_bytes: int, given: Collection[str
             if results is not None:
                 known.update(zip((v for v in node.outputs if v.name), results, strict=True))
                 foldable.append(node)
+    if computed is not None:
+        computed.update((str(v.name), array.shape) for v, array in known.items())
     wanted = _stored(foldable, known, max_folded_bytes, given)
     folded = 0
     for node in foldable:
