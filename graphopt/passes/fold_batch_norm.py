@@ -143,7 +143,7 @@ def _into_consumer(model: ir.Model, node: ir.Node, affine: _Affine) -> bool:
     value, source = node.outputs[0], node.inputs[0]
     consumer = g.sole_consumer(value)
     if consumer is None or source is None:
-        if not value.is_graph_output() and not any(linear_operator(model, c) for c in value.consumers()):
+        if not any(linear_operator(model, c) for c in value.consumers()):
             return False
         raise Unfit("its own result is read by several nodes, or is an output of the model")
     linear = linear_operator(model, consumer)
