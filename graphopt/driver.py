@@ -25,7 +25,7 @@ from graphopt.artifact_writer import write_artifact
 from graphopt.candidates import Candidate, make_candidates
 from graphopt.errors import DataError
 from graphopt.gate import choose, explain, time_candidates
-from graphopt.measure import PairedResult, fingerprint
+from graphopt.measure import PairedResult, environment
 from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
@@ -94,7 +94,7 @@ def run(
     """`optimize` with its options as one value; `on_settings` is called before work starts."""
     settings, pipeline, target = _resolve(settings, pipeline)
     on_settings(settings, target)
-    report = Report(settings=dataclasses.asdict(settings), environment=fingerprint())
+    report = Report(settings=dataclasses.asdict(settings), environment=environment(settings.threads or 1).to_dict())
     report.target = {"spec": str(target), **target.capabilities.describe()}
     output = nullcontext(None) if settings.output is None else staged(settings.output, settings.overwrite)
     with output as stage, tempfile.TemporaryDirectory(prefix="graphopt-") as temporary:

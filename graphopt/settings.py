@@ -20,7 +20,7 @@ from graphopt.pipeline import PRESETS
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Engine = Literal["auto", "tvm", "onnxruntime"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -88,7 +89,7 @@ class Judge:
             before = evaluate(source.path, dataset, signature=source.signature, progress=progress)
         return cls(source, dataset, bound, before, progress)
 
-    def accuracy(self, model: models.Runnable) -> Accuracy | None:
+    def accuracy(self, model: Any) -> Accuracy | None:
         if self.dataset is None:
             return None
         return evaluate(

@@ -1,0 +1,118 @@
+"""`graphopt bench` and `graphopt compare`: ONNX files, artifacts or saved figures, by path."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from graphopt import calibration, samples
+from graphopt import model as models
+from graphopt.errors import ArtifactError, DataError, ModelError
+from graphopt.measure import Comparison, Contender, PairedResult, compare, compare_saved, race
+from graphopt.progress import Progress
+from graphopt.runtime.artifact import MODEL, is_artifact, load, read_manifest
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def bench_models(
+    paths: Sequence[str],
+    threads: int | None,
+    seconds: float,
+    data: str | None,
+    shapes: Shapes,
+    seed: int,
+    progress: Progress,
+) -> PairedResult:
+    """Race models that take the same inputs. Raises ModelError when they do not, ArtifactError for no artifact."""
+    contenders = _contenders(paths)
+    feeds = _feeds(paths, data, shapes, seed)
+    return race(contenders, feeds, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress)
+
+
+def compare_paths(
+    base: str,
+    new: str,
+    max_regression: float,
+    threads: int | None,
+    seconds: float,
+    shapes: Shapes,
+    seed: int,
+    progress: Progress,
+) -> Comparison:
+    """Two models side by side, or two saved `latency.json`. Raises DataError for one of each."""
+    saved = [path.endswith(".json") for path in (base, new)]
+    if all(saved):
+        return compare_saved(_read_saved(base), _read_saved(new), max_regression=max_regression)
+    if any(saved):
+        raise DataError(
+            "saved figures can only be compared with saved figures", hint="give two models, or two latency.json files"
+        )
+    contenders = _contenders([base, new])
+    feeds = _feeds([base, new], None, shapes, seed)
+    return compare(
+        contenders[0],
+        contenders[1],
+        feeds,
+        max_regression=max_regression,
+        threads=threads or _cores(),
+        seconds=seconds,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _contenders(paths: Sequence[str]) -> list[Contender]:
+    for path in paths:
+        if is_artifact(path):
+            load(path, 1)  # a damaged artifact is told here, in one line
+        elif Path(path).is_dir():
+            raise ArtifactError(f"{path} is not an artifact: it has no manifest.json")
+        else:
+            models.load(path)
+    names = [Path(os.path.normpath(p)).name for p in paths]
+    labels = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
+    return [Contender.of(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """One sample that all models take: in the shapes the first artifact was compiled for, unless told otherwise."""
+    if not shapes:
+        for path in paths:
+            if is_artifact(path):
+                compiled = read_manifest(Path(path).absolute()).get("compiled_shapes", {})
+                shapes = {name: tuple(shape) for name, shape in compiled.items()}
+                break
+    signatures = []
+    for path in paths:
+        model = models.load(Path(path) / MODEL if is_artifact(path) else path)
+        signatures.append(models.signature(models.fix_inputs(model, shapes)))
+    first = signatures[0]
+    for path, other in zip(paths[1:], signatures[1:], strict=True):
+        if [(s.name, s.dtype) for s in first.inputs] != [(s.name, s.dtype) for s in other.inputs]:
+            raise ModelError(
+                f"{path} takes other inputs than {paths[0]}: {', '.join(map(str, other.inputs))} "
+                f"and {', '.join(map(str, first.inputs))}",
+                hint="only models with the same inputs can be timed side by side",
+            )
+    if data is not None:
+        return next(iter(calibration.load_dataset(data, first).batches(1)))
+    return samples.random_feeds(first, seed)
+
+
+def _read_saved(path: str) -> PairedResult:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return PairedResult.from_dict(content)
