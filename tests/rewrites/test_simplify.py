@@ -53,7 +53,8 @@ def test_4_reshape_by_the_batch_dimension():
     rewrites(
         OWN,
         """g (float[N, 2, 3] x) => (float[N, 6] y) <int64 zero = {0}, int64[1] axis = {0}, int64[1] six = {6}> {
-            s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, axis) t = Concat <axis = 0> (u, six) y = Reshape(x, t) }""",
+            s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, axis)
+            t = Concat <axis = 0> (u, six) y = Reshape(x, t) }""",
         "g (float[N, 2, 3] x) => (float[N, 6] y) <int64[2] t = {0, 6}> { y = Reshape(x, t) }",
         shapes={"x": (4, 2, 3)},
     )
