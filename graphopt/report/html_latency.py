@@ -75,7 +75,7 @@ def latency_plot(candidates: Sequence[Mapping[str, Any]], reference: str, chosen
         value = [
             el("strong", f"{latency.median_ms:.3f} ms"),
             el("span", f"95 % [{latency.interval_ms[0]:.3f}, {latency.interval_ms[1]:.3f}]"),
-            el("span", f"{ratio_text(candidate.get('speedup'))} the input") if candidate["name"] != reference else None,
+            el("span", f"speed {ratio_text(candidate.get('speedup'))}") if candidate["name"] != reference else None,
         ]
         left = el("div", el("div", name, class_="lat-title"), el("div", count, class_="muted"), class_="lat-name")
         kind = (
@@ -84,7 +84,7 @@ def latency_plot(candidates: Sequence[Mapping[str, Any]], reference: str, chosen
         rows.append(el("div", left, drawing, el("div", value, class_="lat-value"), class_=kind))
     digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
     labels = [
-        el("span", f"{t:.{digits}f}{' ms' if t == ticks[-1] else ''}", style=f"left:{_percent(t, low, high):.2f}%")
+        el("span", f"{t:.{digits}f}{' ms' if t == ticks[0] else ''}", style=f"left:{_percent(t, low, high):.2f}%")
         for t in ticks
     ]
     axis = el(
@@ -127,6 +127,8 @@ def _row(latency: Latency, low: float, high: float, ticks: np.ndarray, against: 
         shapes.append(el("path", d=_histogram(shown, low, high), class_="hist"))
         shapes.append(el("path", d=_dots(shown, low, high), class_="dots"))
     shapes.append(el("path", d=f"M0 {BASELINE}H{WIDTH}", class_="grid"))
+    if low == 0:  # then lengths may be compared
+        shapes.append(el("path", d=f"M0 {BASELINE}H{x(latency.median_ms):.1f}", class_="length"))
     if against is not None:
         shapes.append(el("path", d=f"M{x(against):.1f} 0V{HEIGHT}", class_="against"))
     shapes.append(el("path", d=f"M{start:.1f} 4H{end:.1f}V96H{start:.1f}Z", class_="interval"))

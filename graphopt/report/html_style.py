@@ -58,13 +58,25 @@ section {
 .badge.bad { background: var(--bad-fill); color: var(--bad); }
 .badge.warn { background: var(--warn-fill); color: var(--warn); white-space: normal; border-radius: 10px; }
 
-.scroll { overflow-x: auto; }
+/* A shade at an edge that hides columns: the two covers scroll with the table, the two shades do not. */
+.scroll {
+  overflow-x: auto; background-color: var(--card); background-repeat: no-repeat;
+  background-image: linear-gradient(to right, var(--card) 40%, transparent),
+    linear-gradient(to left, var(--card) 40%, transparent),
+    linear-gradient(to right, var(--line), transparent), linear-gradient(to left, var(--line), transparent);
+  background-position: left, right, left, right; background-size: 40px 100%, 40px 100%, 14px 100%, 14px 100%;
+  background-attachment: local, local, scroll, scroll;
+}
+.prose { min-width: 13em; }
+.nowrap { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: baseline; padding: 6px 16px 6px 0; border-bottom: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: .84rem; white-space: nowrap; }
 tbody th { font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }
+table code { overflow-wrap: break-word; }
+.wide code { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 .wide { width: 100%; min-width: 15em; overflow-wrap: anywhere; }
 tr.delivered > * { font-weight: 650; }
@@ -73,7 +85,8 @@ tr.total > td { color: var(--ink); }
 tr.bad > * { color: var(--bad); }
 .delta { display: inline-block; min-width: 3.4em; font-size: .85em; text-align: right; }
 .compact table { width: auto; min-width: min(100%, 640px); }
-.compact thead .number { padding-right: calc(16px + .1em); }
+.compact thead .number:nth-child(n+3) { padding-right: calc(16px + 2.6rem); }
+.compact thead .number:nth-child(n+3):last-child { padding-right: 2.6rem; }
 .less { color: var(--good); }
 .more { color: var(--warn); }
 
@@ -96,6 +109,7 @@ svg .hist { fill: var(--shade); fill-opacity: .38; }
 svg .dots { stroke: var(--shade); stroke-width: 3.2; stroke-linecap: round; stroke-opacity: .45; }
 svg .interval { fill: var(--shade); fill-opacity: .3; }
 svg .median { stroke: var(--shade); stroke-width: 2.5; }
+svg .length { stroke: var(--shade); stroke-width: 3; stroke-opacity: .75; }
 svg .against { stroke: var(--soft); stroke-width: 1.3; stroke-dasharray: 4 4; }
 .axis { position: relative; height: 1.5em; color: var(--soft); font-size: .8rem; }
 .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
@@ -121,7 +135,9 @@ svg .against { stroke: var(--soft); stroke-width: 1.3; stroke-dasharray: 4 4; }
 .columns rect.worst, .key.worst { fill: var(--worst); background: var(--worst); }
 .columns rect.returned, .key.returned { fill: var(--returned); background: var(--returned); }
 .columns rect:hover { opacity: .65; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--soft); font-size: .84rem; padding-left: 4.2rem; }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--soft); font-size: .84rem; padding: 6px 0 0 4.2rem;
+}
 .key {
   display: inline-block; width: .8em; height: .8em; border-radius: 2px; background: var(--series); margin-right: 6px;
 }
@@ -145,6 +161,7 @@ summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--series);
   .bars .track { grid-column: 1 / -1; grid-row: 2; }
   .facts div { grid-template-columns: minmax(0, 8rem) minmax(0, 1fr); }
   .legend { padding-left: 0; }
+  th, td { padding-right: 11px; }
 }
 @media print {
   :root {
@@ -154,11 +171,12 @@ summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--series);
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 12px; }
+  .pair { display: block; }
   header, main { max-width: none; padding-left: 0; padding-right: 0; }
   section { break-inside: auto; border-radius: 0; }
   h2, h3 { break-after: avoid; }
   tr, .lat-row, .figure, .bars li { break-inside: avoid; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """

@@ -37,9 +37,9 @@ def candidates(outcome: Outcome) -> Html | None:
         if record["status"] == "wrong":
             kind = "bad"
         cells = (
-            record["name"],
+            el("span", record["name"], class_="nowrap"),
             text.milliseconds(latency.summary) if latency else "-",
-            ratio_text(record["speedup"]) if record is not outcome.reference else "1",
+            ratio_text(record["speedup"]) if record is not outcome.reference else "reference",
             text.size(record["size_bytes"] or None),
             errors_text(record["errors"]),
             [badge("delivered" if delivered else record["status"], kind), " ", record["reason"]],
@@ -81,28 +81,35 @@ def size_bars(outcome: Outcome) -> Html | None:
 
 
 def accuracies(outcome: Outcome) -> Html | None:
-    """Accuracy of the input model, of each variant in ONNX Runtime, and of what is delivered."""
+    """Accuracy of the input model, of each variant in ONNX Runtime, and of what is delivered through its engine."""
     settings = outcome.report.get("settings") or {}
     rows, allowed = [], ""
     if (outcome.source or {}).get("accuracy"):
-        rows.append(("input", "ONNX Runtime", accuracy_text((outcome.source or {})["accuracy"]), "-", None))
+        rows.append(("input", accuracy_text((outcome.source or {})["accuracy"]), None, None))
     for variant in outcome.report.get("variants") or ():
         if not variant["accuracy"]:
             continue
-        lost = loss(variant) if finite(variant["drop"]) else "-"
         allowed = allowed or allowance(variant, settings)
-        held = badge("within bound", "good") if variant["within_bound"] else badge("bound missed", "bad")
-        row = (variant["name"], "ONNX Runtime", accuracy_text(variant["accuracy"]), lost, held)
+        change = _change(variant) if finite(variant["drop"]) else "-"
+        held = badge("kept", "good") if variant["within_bound"] else badge("missed", "bad")
+        row = (variant["name"], accuracy_text(variant["accuracy"]), change, held)
         rows.append(row if variant["within_bound"] else Row.of(row, "bad"))
     delivered = (outcome.chosen or {}).get("accuracy")
     if delivered and outcome.choice:
-        cells = (outcome.choice["variant"], outcome.choice["engine"], accuracy_text(delivered), None)
-        rows.append(Row.of((*cells, badge("delivered", "good")), "delivered"))
+        name = [outcome.choice["candidate"], " ", badge("delivered", "good")]
+        rows.append(Row.of((name, accuracy_text(delivered), None, None), "delivered"))
     if not rows:
         return None
     bound = el("p", f"Bound: {allowed}.", class_="muted") if allowed else None
-    shown = table(("variant", "engine", "accuracy", "than input", ""), rows, label="accuracy", numeric=(2, 3))
+    shown = table(("variant", "accuracy", "against input", "bound"), rows, label="accuracy", numeric=(1, 2))
     return el("div", shown, bound)
+
+
+def _change(variant: Mapping[str, Any]) -> str:
+    """`−0.60 points`; for outputs that are no classes what `loss` says."""
+    if (variant["accuracy"] or {}).get("metric") == "snr" or abs(variant["drop"]) < 0.005:
+        return loss(variant)
+    return f"{-variant['drop']:+.2f} points".replace("-", "−")
 
 
 def recovery_text(variant: Mapping[str, Any]) -> str | None:
@@ -131,7 +138,7 @@ def operators(outcome: Outcome) -> Html | None:
     ]
     rows.append(Row.of(("all nodes", *_changes([c["nodes"] for _, c in columns])), "total"))
     for title, key in (("parameters", "parameter_bytes"), ("ONNX file", "file_bytes")):
-        sizes = [[text.size(c[key]), el("span", class_="delta")] for _, c in columns]
+        sizes = [[text.size(c[key]), el("span", class_="delta") if i else None] for i, (_, c) in enumerate(columns)]
         rows.append(Row.of((title, *sizes), "total"))
     headings = ("operator", *(name for name, _ in columns))
     shown = table(headings, rows, label="operators before and after", numeric=range(1, len(headings)))
@@ -139,10 +146,10 @@ def operators(outcome: Outcome) -> Html | None:
 
 
 def _changes(counts: Sequence[int]) -> Iterable[Child]:
-    for count in counts:
+    for index, count in enumerate(counts):
         difference = count - counts[0]
         if difference == 0:
-            yield [count or el("span", "0", class_="muted"), el("span", class_="delta")]
+            yield [count or el("span", "0", class_="muted"), el("span", class_="delta") if index else None]
         else:
             sign = f"{difference:+d}".replace("-", "−")
             yield [str(count), el("span", sign, class_="delta less" if difference < 0 else "delta more")]
@@ -160,7 +167,7 @@ def passes(records: Sequence[Mapping[str, Any]]) -> Html | None:
             len(r["skipped"]),
             f"{r['nodes_before']} → {r['nodes_after']}",
             f"{text.size(r['parameter_bytes_before'])} → {text.size(r['parameter_bytes_after'])}",
-            errors_text(r["errors"]),
+            el("div", errors_text(r["errors"]), class_="prose"),
             f"{r['seconds']:.1f}",
         )
         for r in records
@@ -179,7 +186,7 @@ def _skips(record: Mapping[str, Any]) -> Html:
         listed: list[Child] = [[code(node), " "] for node in nodes[:MOST_NODES]]
         if len(nodes) > MOST_NODES:
             listed.append(f"and {len(nodes) - MOST_NODES} more")
-        rows.append((reason, len(nodes), listed))
+        rows.append((el("div", reason, class_="prose"), len(nodes), listed))
     name = record["spec"].partition("{")[0]
     count = plural(len(record["skipped"]), "node") + " skipped" if rows else "notes"
     notes = el("ul", [el("li", note) for note in record["notes"]]) if record["notes"] else None
@@ -210,7 +217,7 @@ def _tuning(name: str, tuned: Mapping[str, Any]) -> Html:
         cells = (code(str(row.get("workload", "-"))), row.get("template") or "-", code(str(decision or "-")))
         rows.append((*cells, row.get("calls", "-"), _number(row, "time_us"), share, _number(row, "gflops")))
     headings = ("workload", "template", "decision", "calls", "time µs", "share of time", "GFLOP/s")
-    shown = table(headings, rows, label=f"tuning of {name}", numeric=(3, 4, 5, 6), wide=0) if rows else None
+    shown = table(headings, rows, label=f"tuning of {name}", numeric=(3, 4, 5, 6)) if rows else None
     rest = el("p", f"and {len(ordered) - MOST_TASKS} more tasks", class_="muted") if len(ordered) > MOST_TASKS else None
     digest = el("p", "decisions ", code(str(tuned["digest"])), class_="muted") if tuned.get("digest") else None
     return fold([el("strong", name), f": {summary}", early], shown, rest, digest)

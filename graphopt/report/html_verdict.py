@@ -67,7 +67,7 @@ def verdict(outcome: Outcome) -> Html:
     if outcome.choice is not None:
         parts.append(el("p", "Delivered: ", el("strong", outcome.choice["candidate"]), f": {outcome.choice['why']}"))
     if not met:
-        parts.insert(0, el("p", _missed(report), class_="missed", role="alert"))
+        parts.insert(0, el("p", _missed(outcome), class_="missed", role="alert"))
     parts.append(el("div", _speed(outcome), _accuracy(outcome), _size(outcome), class_="figures"))
     return el("section", parts, class_=f"verdict {kind}", aria_label="verdict")
 
@@ -102,29 +102,44 @@ def accuracy_text(record: Mapping[str, Any] | None) -> str:
     return text.accuracy(record)
 
 
-def _missed(report: Mapping[str, Any]) -> list[Html | str]:
+def _missed(outcome: Outcome) -> list[Html | str]:
+    report = outcome.report
     last = next((v for v in reversed(report.get("variants") or ()) if not v["within_bound"]), None)
     parts: list[Html | str] = [el("strong", "Accuracy bound missed.")]
     if last is not None and finite(last["drop"]):
         allowed = allowance(last, report.get("settings") or {})
-        parts.append(f" The best {last['name']} variant is {loss(last)}" + (f"; {allowed}." if allowed else "."))
-    parts.append(" What is delivered is a variant that keeps the bound.")
+        parts.append(
+            f" The best {last['name']} variant is {loss(last)}" + (f"; the bound is {allowed}." if allowed else ".")
+        )
+    kept = outcome.unchanged or (outcome.variant is not None and outcome.variant["within_bound"])
+    if kept:
+        parts.append(" What is delivered is a variant that keeps the bound.")
+    elif outcome.choice is not None:
+        parts.append(" It is delivered nevertheless: it is the best that was found.")
     return parts
+
+
+def engine_name(engine: str) -> str:
+    """As people write it."""
+    return {"onnxruntime": "ONNX Runtime", "tvm": "TVM"}.get(engine, engine)
 
 
 def loss(variant: Mapping[str, Any]) -> str:
     """`0.40 points worse`; for outputs that are no classes `3.0 dB short`."""
     if (variant.get("accuracy") or {}).get("metric") == "snr":
-        return f"{variant['drop']:.1f} dB short"
+        return f"{variant['drop']:.1f} dB short" if variant["drop"] > 0 else "enough"
     drop = variant["drop"]
+    if abs(drop) < 0.005:
+        return "unchanged"
     return f"{abs(drop):.2f} points {'better' if drop < 0 else 'worse'}"
 
 
 def allowance(variant: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The accuracy bound of the run, in the metric of `variant`; empty where the settings do not say."""
     if (variant.get("accuracy") or {}).get("metric") == "snr":
-        return f"{settings['min_snr']:g} dB are asked for" if finite(settings.get("min_snr")) else ""
-    return f"{settings['max_drop']:g} allowed" if finite(settings.get("max_drop")) else ""
+        return f"at least {settings['min_snr']:g} dB" if finite(settings.get("min_snr")) else ""
+    most = settings.get("max_drop")
+    return f"at most {most:g} point{'' if most == 1 else 's'} lost" if finite(most) else ""
 
 
 def _figure(title: str, value: str, before: str, note: str, kind: str = "") -> Html:
@@ -161,18 +176,22 @@ def _accuracy(outcome: Outcome) -> Html:
         reason = "no evaluation data was given" if not data else "not measured"
         return _figure("Accuracy", "not measured", reason, "")
     metric = after["metric"]
-    engine = f"through {outcome.choice['engine']}" if (outcome.chosen or {}).get("accuracy") and outcome.choice else ""
+    engine = (
+        f"through {engine_name(outcome.choice['engine'])}"
+        if (outcome.chosen or {}).get("accuracy") and outcome.choice
+        else ""
+    )
     on = f"on {after['count']} samples" if after.get("count") else ""
     note = " ".join(filter(None, (on, engine)))
     value = accuracy_text(after).removeprefix("top-1 ").removeprefix("agreement ").removeprefix("SNR ")
     titles = {"top1": "Top-1 accuracy", "agreement": "Agreement with the input model", "snr": "Signal-to-noise"}
     change = "against the input model's outputs"
-    kind = "" if outcome.report.get("accuracy_met", True) else "bad"
+    kind = "bad" if outcome.variant is not None and not outcome.variant["within_bound"] else ""
     if before and before["metric"] == metric and finite(before["value"]) and finite(after["value"]):
         delta = after["value"] - before["value"]
         moved = "unchanged" if abs(delta) < 0.005 else f"{delta:+.2f} points".replace("-", "−")
         change = f"{before['value']:.2f} → {after['value']:.2f} % ({moved})"
-    return _figure(titles.get(metric, "Accuracy"), value, change, note, kind if not outcome.unchanged else "")
+    return _figure(titles.get(metric, "Accuracy"), value, change, note, kind)
 
 
 def _size(outcome: Outcome) -> Html:
