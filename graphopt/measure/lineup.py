@@ -36,7 +36,7 @@ class Racer:
 
     def __init__(self, contender: Contender, threads: int, folder: Path, number: int, timeout_s: float) -> None:
         self.contender = contender
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._log = folder / f"{number}.log"
         self._pending = bytearray()
         search = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -60,6 +60,10 @@ class Racer:
         self._requests, self._answers = self._child.stdin, self._child.stdout
         os.set_blocking(self._answers.fileno(), False)
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def send(self, **request: Any) -> None:
         try:
             self._requests.write(wire.encode(request))
@@ -68,7 +72,7 @@ class Racer:
             raise self._death() from None
 
     def receive(self, doing: str) -> dict[str, Any]:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             while True:
@@ -80,7 +84,7 @@ class Racer:
                 if left <= 0 or not selector.select(left):
                     self.close()
                     raise MeasurementError(
-                        f"{self.contender.name}: no answer within {self._timeout_s:g} s while {doing}; it was ended"
+                        f"{self.contender.name}: no answer within {self.timeout_s:g} s while {doing}; it was ended"
                     )
                 part = os.read(self._answers.fileno(), 1 << 16)
                 if not part:
