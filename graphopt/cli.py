@@ -108,6 +108,7 @@ def optimize(
 ) -> int:
     """Optimize MODEL and write the fastest version that is still right to -o OUT."""
     from graphopt import driver
+    from graphopt.report.record import plain
     from graphopt.report.text import pass_line, to_text
 
     given = {k: v for k, v in {**options, "model": model, "eval": eval_}.items() if v is not None}
@@ -121,9 +122,7 @@ def optimize(
             STDERR.print(_settings_table(resolved, target))
 
     def told(record: Any) -> None:
-        from graphopt.report.record import _plain
-
-        progress.note(pass_line(_plain(record)))
+        progress.note(pass_line(plain(record)))
 
     result = driver.run(settings, progress=progress, on_settings=echo, on_pass=told)
     report = result.report.to_dict()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 STDOUT = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-STDERR = Console(stderr=True, highlight=False)
+STDERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 150)
 PLAIN_EVERY_S = 5.0
 
 

@@ -62,7 +62,7 @@ def explain(candidate: Candidate) -> Choice:
     else:
         middle, low, high = record.speedup
         gain = f"{middle:.2f}x the speed of the input model in ONNX Runtime [{low:.2f}, {high:.2f}]"
-        why = gain if low > 1 else f"{gain}: not measurably faster, not slower, kept for its size"
+        why = gain if low > 1 else f"{gain}: neither measurably faster nor slower"
     return Choice(record.name, record.variant, record.engine, why)
 
 
