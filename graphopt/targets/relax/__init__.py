@@ -1,0 +1,1 @@
+"""The only room that imports TVM: importing, blocked layout, fusion, linking."""

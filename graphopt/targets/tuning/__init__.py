@@ -1,0 +1,1 @@
+"""Search over the templates' spaces, and the database of what was found."""

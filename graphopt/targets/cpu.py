@@ -1,0 +1,258 @@
+"""The CPU target: ONNX -> Relax in blocked form -> fused, scheduled kernels -> a shared library.
+
+`Cpu` reads as its stages: `lower`, `tune`, `build`. TVM is imported when a stage runs, not before.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import capabilities
+from graphopt.capabilities import X86_FEATURES, Capabilities
+from graphopt.errors import SpecError, TargetError
+from graphopt.progress import SILENT, Progress
+from graphopt.targets.base import Diagnosis, Lowered, Target, TuningReport
+
+TVM_PIN = "0.27.0.post1"
+FFI_PIN = "0.1.14.post1"
+
+
+@dataclass
+class LoweredModel:
+    """A model as Relax: fused but unscheduled kernels, and the decisions for them."""
+
+    module: Any
+    inputs: tuple[Mapping[str, Any], ...]
+    outputs: tuple[Mapping[str, Any], ...]
+    decisions: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """By kernel: the template's name and its decision. Kernels that are absent get their template's first."""
+
+
+@dataclass(frozen=True)
+class Cpu(Target):
+    """`cpu{mcpu=cascadelake,threads=1}`: `mcpu` is LLVM's name or `native`; `threads` 0 means all processors."""
+
+    name: ClassVar[str] = "cpu"
+    mcpu: str = "native"
+    threads: int = 0
+
+    def __post_init__(self):
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 (all) or more, not {self.threads}")
+        if self.mcpu != "native" and self.mcpu not in X86_FEATURES:
+            capabilities.x86_for_mcpu(self.mcpu)  # raises, with the nearest name
+
+    @property
+    def is_native(self) -> bool:
+        return self.mcpu == "native"
+
+    @property
+    def llvm_cpu(self) -> str:
+        """LLVM's name of the processor code is generated for."""
+        if not self.is_native:
+            return self.mcpu
+        return "generic" if self._arch == "aarch64" else capabilities.host_mcpu()
+
+    @property
+    def _arch(self) -> str:
+        machine = "x86_64" if not self.is_native else platform.machine()
+        return {"arm64": "aarch64", "AMD64": "x86_64"}.get(machine, machine)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The extensions that generated code may use, in /proc/cpuinfo's spelling."""
+        if self._arch == "aarch64":
+            return frozenset({"asimd"})
+        return X86_FEATURES.get(self.llvm_cpu, frozenset())
+
+    @property
+    def capabilities(self) -> Capabilities:
+        if self._arch == "aarch64":
+            return capabilities.host_capabilities()
+        return capabilities.x86_capabilities(self.features)
+
+    def machine(self):
+        """What schedules need to know."""
+        from graphopt.targets.schedules.workload import Machine
+
+        lanes = self.capabilities.float_lanes
+        registers = 32 if lanes == 16 or self._arch == "aarch64" else 16
+        return Machine(lanes, registers, self.thread_count)
+
+    @property
+    def thread_count(self) -> int:
+        from graphopt.runtime.tvm_engine import available_processors
+
+        return self.threads or available_processors()
+
+    def tvm_target(self):
+        """The `tvm.target.Target` code is generated for."""
+        import tvm
+
+        described: dict[str, Any] = {"kind": "llvm", "mcpu": self.llvm_cpu, "mtriple": f"{self._arch}-linux-gnu"}
+        if self._arch == "aarch64":
+            described["mattr"] = ["+neon"]
+        return tvm.target.Target({**described, "num-cores": self.thread_count})
+
+    def lower(self, model: ir.Model) -> LoweredModel:
+        """Translate a model with static input shapes.
+
+        Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated, and
+        TargetError where an input is dynamic or TVM refuses a node.
+        """
+        from graphopt.targets.relax import importer, pipeline
+
+        imported = importer.import_model(model, self.capabilities.float_lanes)
+        module = pipeline.fuse(imported)
+        result = imported["main"].ret_ty
+        fields = list(result.fields) if hasattr(result, "fields") else [result]
+        params = imported["main"].params
+        names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
+        outputs = [str(v.name) for v in model.graph.outputs]
+        return LoweredModel(
+            module,
+            tuple(_description(n, p.ty) for n, p in zip(names, params, strict=True)),
+            tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
+        )
+
+    def tune(
+        self,
+        lowered: Lowered,
+        *,
+        seconds: float,
+        database: Path,
+        seed: int = 0,
+        progress: Progress = SILENT,
+    ) -> TuningReport:
+        """Search each kernel's space within `seconds`; kernels in `database` need no search.
+
+        Raises TargetError when the target is not this machine's processor: then nothing can be measured. With
+        `seconds` 0 the templates' first decisions stand.
+        """
+        from graphopt.targets.tuning.search import Search
+
+        if seconds > 0 and not self.features <= capabilities.host_features():
+            raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
+        search = Search(cast(LoweredModel, lowered), self, Path(database), seed, progress)
+        return search.run(seconds)
+
+    def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
+        """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""
+        from tvm.error import InternalError
+
+        from graphopt.runtime import tvm_engine
+        from graphopt.targets.relax import link, pipeline
+
+        lowered = cast(LoweredModel, lowered)
+        folder = Path(folder)
+        try:
+            executable = pipeline.compile_module(self.scheduled(lowered), self.tvm_target())
+            library = folder / tvm_engine.LIBRARY
+            fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
+            executable.export_library(str(fresh), fcompile=link.link_shared)
+            os.replace(fresh, library)
+        except (InternalError, RuntimeError, ValueError) as error:
+            raise _compile_error(error) from error
+        except OSError as error:
+            raise TargetError(f"cannot write {folder}: {error.strerror or error}") from error
+        described = {
+            "format": tvm_engine.FORMAT,
+            "arch": self._arch,
+            "mcpu": self.llvm_cpu,
+            "features": sorted(self.features),
+            "tvm": TVM_PIN,
+            "threads": self.thread_count,
+            "library_sha256": tvm_engine.library_digest(library),
+            "inputs": list(lowered.inputs),
+            "outputs": list(lowered.outputs),
+        }
+        (folder / tvm_engine.DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        return tvm_engine.LIBRARY, tvm_engine.DESCRIPTION
+
+    def scheduled(self, lowered: LoweredModel):
+        """The Relax module with a schedule applied to every kernel."""
+        from graphopt.targets import schedules
+        from graphopt.targets.relax import pipeline
+        from graphopt.targets.schedules.workload import Workload
+
+        kernels = {}
+        for name, func in pipeline.prim_funcs(lowered.module).items():
+            workload = Workload(func.with_attr("global_symbol", "main"), self.machine())
+            if name in lowered.decisions:
+                template, decision = lowered.decisions[name]
+                kernels[name] = schedules.template_named(template).apply(workload, dict(decision))
+            else:
+                template, space = schedules.choose(workload)
+                kernels[name] = template.apply(workload, space[0])
+        return pipeline.with_kernels(lowered.module, kernels)
+
+
+def _description(name: str, kind) -> dict[str, Any]:
+    return {"name": name, "dtype": str(np.dtype(str(kind.dtype))), "shape": [int(d) for d in kind.shape.values]}
+
+
+def _compile_error(error: BaseException) -> TargetError:
+    if isinstance(error, TargetError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return TargetError(
+        f"TVM could not compile the model: {lines[-1][:200] if lines else type(error).__name__}",
+        hint="the model can stay on ONNX Runtime",
+    )
+
+
+def doctor() -> list[Diagnosis]:
+    """What this machine offers the CPU target."""
+    from graphopt.runtime.tvm_engine import available_processors
+    from graphopt.targets.relax import link
+
+    here = capabilities.host_capabilities()
+    linker = link.find_linker()
+    rows = [
+        Diagnosis("instruction set", True, f"{here.arch}, {here.float_lanes} float32 lanes, int8 by {here.dot_int8}"),
+        Diagnosis("processor for LLVM", True, capabilities.host_mcpu() if here.arch == "x86_64" else "generic"),
+        _pinned("apache-tvm", TVM_PIN),
+        _pinned("apache-tvm-ffi", FFI_PIN),
+        Diagnosis("linker", linker is not None, " ".join(linker) if linker else "none", "" if linker else link.REMEDY),
+        Diagnosis("processors", True, f"{available_processors()} of {os.cpu_count()} usable by this process"),
+    ]
+    if "amx_tile" in here.features:
+        granted = _amx_permission()
+        rows.append(
+            Diagnosis("AMX", granted, "the kernel lets this process use tile registers" if granted else "refused",
+                      "" if granted else "needs Linux 5.16 or newer")
+        )  # fmt: skip
+    return rows
+
+
+def _pinned(package: str, wanted: str) -> Diagnosis:
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return Diagnosis(package, False, "not installed", f"pip install {package}=={wanted}")
+    remedy = "" if found == wanted else f"pip install {package}=={wanted}"
+    return Diagnosis(package, found == wanted, found, remedy)
+
+
+def _amx_permission() -> bool:
+    """Ask Linux for the tile registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+    except OSError:
+        return False
+    return libc.syscall(158, 0x1023, 18) == 0
+
+
+__all__ = ["Cpu", "LoweredModel", "SpecError", "doctor"]

@@ -1,0 +1,256 @@
+"""Tensor expressions of the kernels graphopt schedules itself.
+
+Activations of images are kept in *blocked* form: (N, C / block, H * W, block), channels padded with finite filler up
+to a multiple of `block`. The block is one vector register, so every kernel vectorises over it; H and W stay one axis,
+so a register tile of a 1x1 convolution may cross rows and an elementwise epilogue tiles exactly like its producer.
+
+Block names are what schedule templates match on: `conv2d`, `depthwise`, `window_max`, `window_sum`, `packed_matmul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ROW = "graphopt.row"
+"""Block annotation: how many positions in a row read neighbouring positions of the input."""
+COLUMNS = "graphopt.columns"
+"""Block annotation: columns of the packed weight's block."""
+
+
+def conv2d(
+    data,
+    weight,
+    *,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    groups: int,
+    out_size: tuple[int, int],
+):
+    """2-D convolution on blocked activations.
+
+    data: (N, C / icb, H * W, icb); weight: (M / ocb, C / groups / icb, kH, kW, icb, ocb) ->
+    (N, M / ocb, oH * oW, ocb). `pads` is (top, left, bottom, right). With `icb` 1, data is a plain NCHW tensor.
+    """
+    from tvm import te
+
+    batch, _, _, _ = _dims(data)
+    out_blocks, in_blocks, k_h, k_w, lanes_in, lanes = _dims(weight)
+    kernel = (k_h, k_w)
+    out_h, out_w = out_size
+    padded = _padded(data, size, pads, 0.0)
+    per_group = out_blocks // groups
+    ico = te.reduce_axis((0, in_blocks), "ico")
+    ici = te.reduce_axis((0, lanes_in), "ici")
+    kh = te.reduce_axis((0, k_h), "kh")
+    kw = te.reduce_axis((0, k_w), "kw")
+
+    def cell(n, o, p, v):
+        block = ico if groups == 1 else (o // per_group) * in_blocks + ico
+        y, x = _position(p, out_w, strides, dilations, kh, kw)
+        return te.sum(padded(n, block, y, x, ici) * weight[o, ico, kh, kw, ici, v], axis=[ico, kh, ici, kw])
+
+    dense = kernel == (1, 1) and strides == (1, 1) and not any(pads)
+    return te.compute(
+        (batch, out_blocks, out_h * out_w, lanes),
+        cell,
+        name="conv2d",
+        attrs={ROW: out_h * out_w if dense else out_w},
+    )
+
+
+def depthwise(
+    data,
+    weight,
+    *,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    out_size: tuple[int, int],
+):
+    """Depthwise convolution (one filter a channel): data (N, C / b, H * W, b), weight (C / b, kH, kW, b)."""
+    from tvm import te
+
+    batch, blocks, _, lanes = _dims(data)
+    _, k_h, k_w, _ = _dims(weight)
+    padded = _padded(data, size, pads, 0.0)
+    kh = te.reduce_axis((0, k_h), "kh")
+    kw = te.reduce_axis((0, k_w), "kw")
+
+    def cell(n, c, p, v):
+        y, x = _position(p, out_size[1], strides, dilations, kh, kw)
+        return te.sum(padded(n, c, y, x, v) * weight[c, kh, kw, v], axis=[kh, kw])
+
+    shape = (batch, blocks, out_size[0] * out_size[1], lanes)
+    return te.compute(shape, cell, name="depthwise", attrs={ROW: out_size[1]})
+
+
+def pool2d(
+    data,
+    *,
+    kind: str,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    out_size: tuple[int, int],
+    count_include_pad: bool = False,
+):
+    """Max or average pooling on blocked activations; `pads` already covers ceil mode's extra columns."""
+    from tvm import te, tirx
+
+    batch, blocks, _, lanes = _dims(data)
+    kh = te.reduce_axis((0, kernel[0]), "kh")
+    kw = te.reduce_axis((0, kernel[1]), "kw")
+    out_shape = (batch, blocks, out_size[0] * out_size[1], lanes)
+    if kind == "max":
+        lowest = float(np.finfo("float32").min) if "float" in str(data.dtype) else float(np.iinfo(str(data.dtype)).min)
+        padded = _padded(data, size, pads, lowest)
+
+        def largest(n, c, p, v):
+            y, x = _position(p, out_size[1], strides, dilations, kh, kw)
+            return te.max(padded(n, c, y, x, v), axis=[kh, kw])
+
+        return te.compute(out_shape, largest, name="window_max", attrs={ROW: out_size[1]})
+    padded = _padded(data, size, pads, 0.0)
+
+    def total(n, c, p, v):
+        y, x = _position(p, out_size[1], strides, dilations, kh, kw)
+        return te.sum(padded(n, c, y, x, v), axis=[kh, kw])
+
+    sums = te.compute(out_shape, total, name="window_sum", attrs={ROW: out_size[1]})
+    area = kernel[0] * kernel[1]
+
+    def inside(p, axis):
+        start = (p // out_size[1] if axis == 0 else p % out_size[1]) * strides[axis] - pads[axis]
+        end = tirx.min(start + kernel[axis], size[axis])
+        return tirx.max(end - tirx.max(start, 0), 1)
+
+    if count_include_pad or not any(pads):
+        return te.compute(out_shape, lambda n, c, p, v: sums[n, c, p, v] * np.float32(1 / area), name="average")
+    return te.compute(
+        out_shape,
+        lambda n, c, p, v: sums[n, c, p, v] / (inside(p, 0) * inside(p, 1)).astype("float32"),
+        name="average",
+    )
+
+
+def spatial_sum(data, *, mean: bool):
+    """Sum or mean over H * W of blocked activations -> (N, C / b, 1, b)."""
+    from tvm import te
+
+    batch, blocks, area, lanes = _dims(data)
+    p = te.reduce_axis((0, area), "p")
+    total = te.compute(
+        (batch, blocks, 1, lanes), lambda n, c, one, v: te.sum(data[n, c, p, v], axis=p), name="spatial_sum"
+    )
+    if not mean:
+        return total
+    return te.compute(
+        (batch, blocks, 1, lanes), lambda n, c, one, v: total[n, c, one, v] * np.float32(1 / area), name="average"
+    )
+
+
+def spatial_max(data):
+    """Maximum over H * W of blocked activations -> (N, C / b, 1, b)."""
+    from tvm import te
+
+    batch, blocks, area, lanes = _dims(data)
+    p = te.reduce_axis((0, area), "p")
+    return te.compute(
+        (batch, blocks, 1, lanes), lambda n, c, one, v: te.max(data[n, c, p, v], axis=p), name="spatial_max"
+    )
+
+
+def matmul(data, weight, *, columns: int):
+    """data (..., M, K) times a constant packed as (N / nb, K, nb) -> (..., M, N); `columns` is N before padding."""
+    from tvm import te
+
+    tiles, depth, block = _dims(weight)
+    k = te.reduce_axis((0, depth), "k")
+    lead = _dims(data)[:-1]
+    product = te.compute(
+        (*lead, tiles * block),
+        lambda *i: te.sum(data[(*i[:-1], k)] * weight[i[-1] // block, k, i[-1] % block], axis=k),
+        name="packed_matmul",
+        attrs={COLUMNS: block},
+    )
+    if tiles * block == columns:
+        return product
+    return te.compute((*lead, columns), lambda *i: product[i], name="packed_crop")
+
+
+def block_channels(data, *, block: int):
+    """(N, C, H, W) -> (N, ceil(C / block), H * W, block), zeros where there is no channel."""
+    from tvm import te, tirx
+
+    batch, channels, _, width = _dims(data)
+    area = _dims(data)[2] * width
+
+    def cell(n, o, p, v):
+        value = data[n, o * block + v, p // width, p % width]
+        if channels % block == 0:
+            return value
+        return tirx.if_then_else(o * block + v < channels, value, tirx.const(0, data.dtype))
+
+    return te.compute((batch, -(-channels // block), area, block), cell, name="block_channels")
+
+
+def unblock_channels(data, *, channels: int, size: tuple[int, int]):
+    """(N, C / block, H * W, block) -> (N, C, H, W), dropping padded channels."""
+    from tvm import te
+
+    batch, _, _, block = _dims(data)
+    return te.compute(
+        (batch, channels, *size),
+        lambda n, c, y, x: data[n, c // block, y * size[1] + x, c % block],
+        name="unblock_channels",
+    )
+
+
+def dilate(data, *, size: tuple[int, int], strides: tuple[int, int]):
+    """Blocked activations with `strides - 1` zeros between neighbours: how a transposed convolution reads its input."""
+    from tvm import te, tirx
+
+    batch, blocks, _, lanes = _dims(data)
+    (height, width), (s_h, s_w) = size, strides
+    wide, high = (width - 1) * s_w + 1, (height - 1) * s_h + 1
+    zero = tirx.const(0, data.dtype)
+
+    def cell(n, c, p, v):
+        y, x = p // wide, p % wide
+        there = tirx.all(y % s_h == 0, x % s_w == 0)
+        return tirx.if_then_else(there, data[n, c, (y // s_h) * width + x // s_w, v], zero)
+
+    return te.compute((batch, blocks, high * wide, lanes), cell, name="dilate")
+
+
+def _dims(tensor) -> tuple[int, ...]:
+    return tuple(int(d) for d in tensor.shape)
+
+
+def _padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
+    """A reader `(n, block, y, x, lane)` of the padded picture; no copy where there is nothing to pad."""
+    from tvm import te, tirx
+
+    height, width = size
+    top, left, bottom, right = pads
+    if not any(pads):
+        return lambda n, c, y, x, v: data[n, c, y * width + x, v]
+    batch, blocks, _, lanes = _dims(data)
+
+    def cell(n, c, y, x, v):
+        inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
+        return tirx.if_then_else(inside, data[n, c, (y - top) * width + x - left, v], tirx.const(filler, data.dtype))
+
+    padded = te.compute((batch, blocks, height + top + bottom, width + left + right, lanes), cell, name="pad")
+    return lambda n, c, y, x, v: padded[n, c, y, x, v]
+
+
+def _position(p, out_w: int, strides, dilations, kh, kw):
+    return p // out_w * strides[0] + kh * dilations[0], p % out_w * strides[1] + kw * dilations[1]

@@ -1,0 +1,264 @@
+"""ONNX -> Relax, one node at a time.
+
+Three ways, in this order:
+
+1. every operand is known now: the node is computed (ONNX's reference implementation), so shape arithmetic and the
+   dequantization of weights vanish;
+2. an emitter of `operators` lowers it, in blocked form where that pays;
+3. TVM's own converter for the operator, on plain tensors.
+
+Walking the nodes here rather than in `relax.frontend.onnx.from_onnx` keeps activations blocked from one operator to
+the next without a layout pass, and lets an error name the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from graphopt.errors import TargetError, UnsupportedOperatorError
+from graphopt.targets.relax.operators import EMITTERS, Node
+from graphopt.targets.relax.values import Builder, Value
+
+FOLD_LIMIT = 1 << 24
+"""Elements: a constant larger than this is computed at run time rather than stored."""
+
+_GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike"})
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+_DTYPES = frozenset(
+    ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
+)
+
+
+def import_model(model: ir.Model, lanes: int):
+    """The Relax module of a model with static input shapes; its function is `main`.
+
+    Inputs that are also initializers are constants. Raises UnsupportedOperatorError naming every operator that has no
+    translation (and one node of each), and TargetError for anything else TVM refuses.
+    """
+    proto = ir.to_proto(model)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    _check_operators(proto)
+    return _Importer(proto, lanes).run()
+
+
+def _check_operators(proto: onnx.ModelProto) -> None:
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    known = set(onnx_frontend._get_convert_map()) | set(EMITTERS) | {"Constant"}
+    missing: dict[str, str] = {}
+    for node in proto.graph.node:
+        is_default = node.domain in ("", "ai.onnx")
+        if is_default and node.op_type in known and not any(a.HasField("g") or a.graphs for a in node.attribute):
+            continue
+        missing.setdefault(node.op_type if is_default else f"{node.domain}.{node.op_type}", _label(node))
+    if missing:
+        listed = ", ".join(f"{op} (node {name!r})" for op, name in sorted(missing.items()))
+        raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint="the model can stay on ONNX Runtime")
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+class _Importer:
+    def __init__(self, proto: onnx.ModelProto, lanes: int):
+        from tvm import relax
+
+        self.proto = proto
+        self.builder = Builder(relax.BlockBuilder(), lanes)
+        self.opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+        self.values: dict[str, Value] = {}
+
+    def run(self):
+        from tvm import relax
+
+        graph = self.proto.graph
+        for tensor in graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            self.values[tensor.name] = Value(tuple(array.shape), str(array.dtype), const=array)
+        params = []
+        for position, info in enumerate(i for i in graph.input if i.name not in self.values):
+            shape, dtype = _static_type(info)
+            param = relax.Var(f"input_{position}", relax.TensorType(shape, dtype))
+            params.append(param)
+            self.values[info.name] = Value(shape, dtype, plain=param)
+        bb = self.builder.bb
+        with bb.function("main", params):
+            with bb.dataflow():
+                for node in graph.node:
+                    self._node(node)
+                outputs = [self._output(o.name) for o in graph.output]
+                result = bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            bb.emit_func_output(result)
+        return bb.get()
+
+    def _output(self, name: str):
+        """The plain form under a binding of its own: an output may be an input or a constant."""
+        return self.builder.plain(self.values[name])
+
+    def _node(self, node: onnx.NodeProto) -> None:
+        inputs = [self.values[name] if name else None for name in node.input]
+        results = self._folded(node, inputs)
+        if results is None:
+            results = self._emitted(node, inputs)
+        if results is None:
+            results = self._converted(node, inputs)
+        for name, value in zip(node.output, results, strict=False):
+            if name:
+                self.values[name] = value
+
+    def _folded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
+        if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shape is not None:
+            whole = np.asarray(inputs[0].shape, np.int64)
+            if node.op_type == "Size":
+                return [_constant(np.asarray(whole.prod(), np.int64))]
+            bounds = {a.name: a.i for a in node.attribute}
+            return [_constant(whole[bounds.get("start", 0) : bounds.get("end", len(whole))])]
+        if any(v is not None and v.const is None for v in inputs) or node.op_type in _RANDOM:
+            return None
+        if node.op_type in _GROWING and any(
+            v is not None and v.const is not None and v.const.dtype == np.int64 and np.prod(v.const) > FOLD_LIMIT
+            for v in inputs
+        ):
+            return None
+        names = [n for n in node.input if n]
+        arrays = {n: v.const for n, v in zip(node.input, inputs, strict=True) if v is not None}
+        infos = [
+            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in arrays.items()
+            if a is not None
+        ]
+        outputs = [onnx.helper.make_empty_tensor_value_info(n) for n in node.output if n]
+        graph = onnx.helper.make_graph([node], "fold", infos, outputs)
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        try:
+            evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
+            found = iter(evaluator.run(None, {n: arrays[n] for n in names}))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError, AttributeError):
+            return None  # the reference implementation lacks it or refuses it: leave it to the next way
+        return [_constant(np.asarray(next(found))) if n else Value(None, "float32") for n in node.output]
+
+    def _emitted(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
+        emitter = EMITTERS.get(node.op_type)
+        if emitter is None:
+            return None
+        from tvm.error import InternalError
+
+        view = Node(_label(node), node.op_type, _attributes(node), self.opset, len([o for o in node.output if o]))
+        try:
+            return emitter(self.builder, view, inputs)
+        except (InternalError, ValueError, TypeError) as error:
+            raise _refused(node, error) from error
+
+    def _converted(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value]:
+        """TVM's own converter. It prints, warns and raises as it likes: all of that becomes one TargetError."""
+        from tvm import relax
+        from tvm.error import InternalError
+        from tvm.relax.frontend.onnx import onnx_frontend
+
+        operands = onnx_frontend.onnx_input()
+        for value in inputs:
+            operands.append(None if value is None else self.builder.plain(value))
+        attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(node.attribute)
+        attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
+        converter_class = onnx_frontend._get_convert_map().get(node.op_type)
+        if converter_class is None:
+            raise UnsupportedOperatorError(
+                f"TVM cannot import {node.op_type} with these attributes and operands",
+                node=_label(node),
+                hint="the model can stay on ONNX Runtime",
+            )
+        known: Mapping[str, Any] = {name: value.plain for name, value in self.values.items() if value.plain is not None}
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                convert = converter_class.get_converter(self.opset)
+                made = convert(self.builder.bb, operands, attributes, [known, {}])
+                if isinstance(made, relax.Expr):
+                    made = self.builder.bb.normalize(made)
+        except (InternalError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+                AssertionError) as error:  # fmt: skip
+            raise _refused(node, error) from error
+        return [self._value_of(node, item) for item in self._items(made, len(node.output))]
+
+    def _items(self, made, count: int) -> list[Any]:
+        from tvm import relax
+
+        if isinstance(made, relax.Tuple):
+            return list(made.fields)
+        if isinstance(made.ty, relax.TupleType):
+            whole = self.builder.emit(made)
+            return [relax.TupleGetItem(whole, i) for i in range(min(count, len(made.ty.fields)))]
+        return [made]
+
+    def _value_of(self, node: onnx.NodeProto, expression) -> Value:
+        import tvm
+        from tvm import relax
+
+        if isinstance(expression, tvm.ir.GenericConst):
+            return _constant(expression.value.numpy())
+        expression = self.builder.emit(expression)
+        kind = expression.ty
+        if not isinstance(kind, relax.TensorType):
+            raise _refused(node, f"its result is {type(kind).__name__}, not a tensor")
+        shape = kind.shape
+        if not isinstance(shape, relax.ShapeExpr) or any(not isinstance(d, tvm.tirx.IntImm) for d in shape.values):
+            raise TargetError(
+                f"{node.op_type}: its output shape depends on data, and compiled models have static shapes",
+                node=_label(node),
+                hint="the model can stay on ONNX Runtime",
+            )
+        return Value(tuple(int(d) for d in shape.values), str(kind.dtype), plain=expression)
+
+
+def _constant(array: np.ndarray) -> Value:
+    return Value(tuple(array.shape), str(array.dtype), const=array)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        found[attribute.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _static_type(info: onnx.ValueInfoProto) -> tuple[tuple[int, ...], str]:
+    tensor = info.type.tensor_type
+    shape: list[int] = []
+    if not info.type.HasField("tensor_type"):
+        raise TargetError(f"input {info.name!r} is not a tensor", hint="only tensors can be compiled")
+    for dim in tensor.shape.dim:
+        if not dim.HasField("dim_value") or dim.dim_value < 0:
+            raise TargetError(
+                f"input {info.name!r} has a dynamic dimension {dim.dim_param or '?'!r}",
+                hint=f"fix it: --input '{info.name}:1,...'",
+            )
+        shape.append(int(dim.dim_value))
+    dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    if dtype not in _DTYPES:
+        raise TargetError(f"input {info.name!r} is {dtype}, which cannot be compiled")
+    return tuple(shape), dtype
+
+
+def _refused(node: onnx.NodeProto, error: Exception | str) -> TargetError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if "Check failed" in line or "rror" in line), lines[-1] if lines else "")
+    return TargetError(
+        f"TVM cannot import {node.op_type}: {reason[:200] or type(error).__name__}",
+        node=_label(node),
+        hint="the model can stay on ONNX Runtime",
+    )

@@ -1,0 +1,142 @@
+"""Everything no other template takes: elementwise chains, data movement, reductions.
+
+Idea: inline what is cheap, run the outer axes in parallel, and keep the last axis of each block innermost so that it
+vectorises: explicitly when it is one vector, else by the compiler. Reductions whose last output axis is contiguous
+accumulate a vector at a time.
+
+Loop order: outer spatial axes fused (parallel) / reduction axes / last spatial axis, in vectors.
+
+Register budget: none is planned; one accumulator vector.
+
+Source: the loop orders that compilers find for streaming kernels; McKinley, Carr, Tseng: Improving Data Locality with
+Loop Transformations, ACM TOPLAS 18(4), 1996, section 3 (memory order).
+"""
+
+from __future__ import annotations
+
+from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Workload, loop_extents, new_schedule, nodes
+
+NAME = "generic"
+VERSION = 1
+
+
+def match(workload: Workload) -> list[Decision] | None:
+    """One decision, for every function."""
+    return [{}]
+
+
+def apply(workload: Workload, decision: Decision):
+    """Schedule any function; one with dynamic shapes or opaque blocks is left as it is."""
+    from tvm.s_tir.schedule import ScheduleError
+
+    schedule = new_schedule(workload.func)
+    for name in list(workload.blocks)[:-1]:
+        block = schedule.get_sblock(name)
+        if _is_cheap(schedule.get(block)):
+            trial = schedule.copy()
+            try:
+                trial.compute_inline(trial.get_sblock(name))
+            except ScheduleError:
+                continue  # it is read in a way that inlining does not know
+            schedule = trial
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        trial = schedule.copy()
+        try:
+            _schedule_block(trial, trial.get_sblock(schedule.get(block).name_hint), workload)
+        except ScheduleError:
+            continue
+        schedule = trial
+    return schedule.mod["main"]
+
+
+def _is_cheap(block) -> bool:
+    """No reduction, and little arithmetic: inlining may repeat it."""
+    from tvm.ir import Call
+
+    if any(v.iter_type != 0 for v in block.iter_vars) or block.init is not None:
+        return False
+    calls = nodes(block.body, Call)
+    return all(str(getattr(call.op, "name", "")) in ("tirx.if_then_else", "tirx.likely") for call in calls)
+
+
+def _schedule_block(schedule, block, workload: Workload) -> None:
+    from tvm import tirx
+
+    loops = schedule.get_loops(block)
+    kinds = [int(v.iter_type) for v in schedule.get(block).iter_vars]
+    if not loops or len(loops) != len(kinds):
+        return
+    if any(not isinstance(schedule.get(loop).extent, tirx.IntImm) for loop in loops):
+        return
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
+    reduced = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != 0]
+    if not spatial:
+        return
+    sizes = loop_extents(schedule, loops)
+    total = 1
+    for size in sizes:
+        total *= size
+    parallel = total >= PARALLEL_WORK and workload.machine.threads != 1
+    lanes = workload.machine.lanes
+    last = spatial[-1]
+    width = loop_extents(schedule, [last])[0]
+    if reduced and width >= 4 and _streams(schedule.get(block)):
+        chunk = next((c for c in (4 * lanes, 2 * lanes, lanes, lanes // 2, 4) if width % c == 0), None)
+        if chunk is None:
+            outer, inner = None, last
+            schedule.reorder(*spatial[:-1], *reduced, last)
+        else:
+            outer, inner = schedule.split(last, [None, chunk])
+            schedule.reorder(*spatial[:-1], outer, *reduced, inner)
+            schedule.vectorize(inner)
+        front = spatial[:-1] + ([outer] if outer is not None else [])
+        if front:
+            whole = schedule.fuse(*front)
+            if parallel:
+                schedule.parallel(whole)
+        init = schedule.decompose_reduction(block, reduced[0])
+        if chunk is not None:
+            schedule.vectorize(schedule.get_loops(init)[-1])
+        return
+    if reduced:
+        schedule.reorder(*spatial, *reduced)
+        whole = schedule.fuse(*spatial)
+        if parallel:
+            schedule.parallel(whole)
+        schedule.decompose_reduction(block, reduced[0])
+        return
+    if width <= 2 * lanes and width % 4 == 0 and _moves_vectors(schedule.get(block)):
+        schedule.vectorize(last)
+        front = spatial[:-1]
+        if front and parallel:
+            schedule.parallel(schedule.fuse(*front[:-1]) if len(front) > 1 else front[0])
+        return
+    if len(spatial) > 1 and parallel:
+        schedule.parallel(schedule.fuse(*spatial[:-1]))
+    elif parallel and width >= PARALLEL_WORK:
+        pieces, _ = schedule.split(last, [64, None]) if width % 64 == 0 else (last, None)
+        schedule.parallel(pieces)
+
+
+def _streams(block) -> bool:
+    """True when neighbours along the last output axis read neighbouring elements."""
+    return _last_axis_is_unit(block, [v.var for v in block.iter_vars if int(v.iter_type) == 0][-1])
+
+
+def _moves_vectors(block) -> bool:
+    return _last_axis_is_unit(block, block.iter_vars[-1].var)
+
+
+def _last_axis_is_unit(block, axis) -> bool:
+    from tvm.ir import Var
+    from tvm.ir.expr import TensorLoad
+
+    def uses(expression) -> bool:
+        return any(node.same_as(axis) for node in nodes(expression, Var))
+
+    for load in nodes(block.body, TensorLoad):
+        if any(uses(i) for i in load.indices[:-1]):
+            return False
+        if load.indices and uses(load.indices[-1]) and not load.indices[-1].same_as(axis):
+            return False
+    return True
