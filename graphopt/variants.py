@@ -17,7 +17,6 @@ from graphopt.layer_noise import layer_snr_db
 from graphopt.passes.base import Context, Fidelity
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
 from graphopt.progress import Progress
-from graphopt.recovery import recover
 from graphopt.report import VariantRecord
 from graphopt.verify import Feeds, OutputError, Reference
 
@@ -172,6 +171,8 @@ def _final_variant(
     drop = plain_drop = None if accuracy is None else judge.drop(accuracy)
     within, returned = True, ()
     if accuracy is not None and drop is not None and not judge.bound.met(drop, accuracy.metric):
+
+        from graphopt.recovery import recover
 
         def rebuild(excluded: tuple[str, ...]) -> ir.Model:
             return lossy_part.excluding(excluded).run(exact.model, context)[0]
