@@ -72,6 +72,7 @@ def latency_plot(candidates: Sequence[Mapping[str, Any]], reference: str, chosen
         beyond = int(np.count_nonzero((latency.samples_ms > high) | (latency.samples_ms < low)))
         name = [latency.name, " ", badge("delivered", "good")] if delivered else latency.name
         count = plural(latency.samples_ms.size, "sample") + (f", {beyond} beyond the axis" if beyond else "")
+        count += f", {MOST_DOTS} drawn" if latency.samples_ms.size - beyond > MOST_DOTS else ""
         value = [
             el("strong", f"{latency.median_ms:.3f} ms"),
             el("span", f"95 % [{latency.interval_ms[0]:.3f}, {latency.interval_ms[1]:.3f}]"),
@@ -84,12 +85,16 @@ def latency_plot(candidates: Sequence[Mapping[str, Any]], reference: str, chosen
         rows.append(el("div", left, drawing, el("div", value, class_="lat-value"), class_=kind))
     digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
     labels = [
-        el("span", f"{t:.{digits}f}{' ms' if t == ticks[0] else ''}", style=f"left:{_percent(t, low, high):.2f}%")
+        el(
+            "span",
+            f"{t:.{digits}f}{' ms' if t == ticks[0] else ''}",
+            style=f"left:{_percent(t, low, high):.2f}%",
+            class_="start" if _percent(t, low, high) < 2 else None,
+        )
         for t in ticks
     ]
-    axis = el(
-        "div", el("div"), el("div", labels, class_="axis"), el("div"), class_="lat-row axis-row", aria_hidden="true"
-    )
+    cut = el("div", None if low == 0 else "axis starts above 0", class_="muted")
+    axis = el("div", cut, el("div", labels, class_="axis", aria_hidden="true"), el("div"), class_="lat-row axis-row")
     return el("div", rows, axis, class_="latency")
 
 

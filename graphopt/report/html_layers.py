@@ -20,7 +20,7 @@ def layer_errors(variant: Mapping[str, Any]) -> Html | None:
     returned = [str(name) for name in variant.get("returned_to_float") or ()]
     parts: list[Html] = []
     if any(math.isfinite(db) for _, db in layers):
-        worst = sorted(layers, key=lambda layer: layer[1])[:WORST]
+        worst = sorted(layers, key=lambda layer: layer[1])[: min(WORST, 1 + len(layers) // 4)]
         parts += [_plot(layers, {name for name, _ in worst}, returned), _legend(bool(returned))]
         parts.append(_rows(worst, returned, "layers with the largest error"))
         if len(layers) > len(worst):

@@ -113,7 +113,7 @@ svg .length { stroke: var(--shade); stroke-width: 3; stroke-opacity: .75; }
 svg .against { stroke: var(--soft); stroke-width: 1.3; stroke-dasharray: 4 4; }
 .axis { position: relative; height: 1.5em; color: var(--soft); font-size: .8rem; }
 .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.axis span:first-child { transform: translateX(0); }
+.axis span.start { transform: translateX(0); }
 
 .bars { list-style: none; margin: 0; padding: 0; }
 .bars li {

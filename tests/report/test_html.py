@@ -344,7 +344,7 @@ def test_large_reports_stay_small():
     html = to_html(dataclasses.replace(full, candidates=candidates, passes=passes).to_dict())
     assert len(html.encode()) < 500_000
     page = Page(html)
-    assert "20000 samples" in page.text
+    assert re.search(r"20000 samples, \d+ beyond the axis, 400 drawn", page.text)
     for tag, attributes in page.elements:
         if tag == "path" and attributes.get("class") == "dots":
             assert (attributes["d"] or "").count("M") == 400
@@ -386,6 +386,25 @@ def test_reads_the_derived_figures_of_latency_stats():
     assert latency.median_ms == pytest.approx(1e3 * stats.median_s, rel=1e-12)
     assert latency.interval_ms == pytest.approx([1e3 * t for t in stats.interval_s], rel=1e-12)
     assert read_latency({"name": "a", "latency": None}) is None
+
+
+@pytest.mark.parametrize(("fastest_ms", "cut"), [(2.0, False), (9.0, True)])
+def test_says_when_the_axis_does_not_start_at_zero(fastest_ms, cut):
+    candidates = [
+        CandidateRecord(name, "input", "onnxruntime", "measured", latency=samples(median, 50, 0))
+        for name, median in (("a", 10.0), ("b", fastest_ms))
+    ]
+    page = page_of(Report(settings={}, candidates=candidates))
+    assert ("axis starts above 0" in page.text) == cut
+    assert (page.count("path", "length") == 0) == cut
+
+
+def test_only_a_quarter_of_the_layers_counts_as_worst():
+    full = full_report()
+    for count, worst in ((1, 1), (8, 3), (200, 8)):
+        layers = {f"layer{i}": 30.0 - i / 10 for i in range(count)}
+        variant = dataclasses.replace(full.variants[1], layer_snr_db=layers, returned_to_float=())
+        assert page_of(dataclasses.replace(full, variants=[variant])).count("rect", "worst") == worst
 
 
 def test_returned_layers_are_known_by_their_outputs():
