@@ -47,10 +47,9 @@ def read_latency(candidate: Mapping[str, Any]) -> Latency | None:
     samples = np.array([s for s in record.get("samples_s") or () if finite(s) and s > 0], dtype=np.float64)
     if not samples.size:
         return None
-    derived = record.get("derived") or record
-    median = derived.get("median_s")
+    median = record.get("median_s")
     median = float(median if finite(median) else np.median(samples))
-    interval = derived.get("interval_s")
+    interval = record.get("interval_s")
     if not (isinstance(interval, Sequence) and len(interval) == 2 and all(finite(t) for t in interval)):
         interval = (median, median)
     low, high = (1e3 * float(t) for t in interval)

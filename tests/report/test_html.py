@@ -310,8 +310,8 @@ def test_outputs_that_are_no_classes():
 
 def test_infinities_and_empty_samples():
     full = full_report()
-    empty = dataclasses.replace(full.candidates[1], latency={"samples_s": [], "bursts": [], "derived": {}})
-    nulls = dataclasses.replace(full.candidates[2], latency={"samples_s": [math.nan, 0.01, 0.02], "derived": {}},
+    empty = dataclasses.replace(full.candidates[1], latency={"samples_s": [], "bursts": []})
+    nulls = dataclasses.replace(full.candidates[2], latency={"samples_s": [math.nan, 0.01, 0.02]},
                                 speedup=(1.4, -math.inf, math.inf), tuning={"tasks": 1, "rows": [{}]})  # fmt: skip
     broken = dataclasses.replace(
         full.candidates[3], status="wrong", errors=(OutputError("y", math.inf, 1e-4, -math.inf),)
