@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from graphopt import graph as g
 from graphopt.model import signature
-from graphopt.shapes.facts import infer_shapes
 from graphopt.shapes.inferred import inferred_shapes
+from graphopt.shapes.onnx_inference import infer_shapes
 
 _FIX = "fix the dynamic dimensions with --input"
 

@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, nearest
-from graphopt.shapes.facts import infer_shapes
 from graphopt.shapes.inferred import inferred_shapes
+from graphopt.shapes.onnx_inference import infer_shapes
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 PROTOBUF_LIMIT_BYTES = 2_147_483_647

@@ -52,7 +52,8 @@ from graphopt.passes.cleanup.duplicates import merge_duplicates
 from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
 from graphopt.passes.cleanup.redundant import drop_redundant
 from graphopt.shapes.constants import fold_constants, lift_constants
-from graphopt.shapes.facts import ShapeFacts, infer_shapes, store_known_vectors
+from graphopt.shapes.facts import ShapeFacts, store_known_vectors
+from graphopt.shapes.onnx_inference import infer_shapes
 
 _MOST_ROUNDS = 50
 

@@ -2,8 +2,8 @@
 
 `ShapeFacts(model)` walks the graph once. `shape(value)` is a tuple of integers and `Dim`s, `content(value)` the
 elements of an integer scalar or vector that shape arithmetic produced. Dimension names are taken at their word
-(ONNX: equal names, equal sizes), so run `infer_shapes` first: it keeps the names of the model's inputs and forgets
-those on other values, where exporters write names that hold for one trace only.
+(ONNX: equal names, equal sizes), so run `onnx_inference.infer_shapes` first: it keeps the names of the model's inputs
+and forgets those on other values, where exporters write names that hold for one trace only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from graphopt import graph as g
 from graphopt.shapes.dimensions import Dim, Size, floor_divide, truncate_divide
@@ -35,19 +34,6 @@ _BROADCASTS = frozenset(
     {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod",
      "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"}
 )  # fmt: skip
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Run ONNX's shape inference on the main graph, with data propagation; the declared outputs may change.
-
-    Symbolic dimensions recorded on computed values are forgotten first. A model that inference refuses is left
-    without inferred shapes.
-    """
-    for node in model.graph:
-        for value in node.outputs:
-            if value.shape is not None and not value.shape.is_static():
-                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 class ShapeFacts:
@@ -98,7 +84,7 @@ class ShapeFacts:
         array = value.const_value
         if array is not None and not value.is_graph_input():
             return tuple(int(d) for d in array.shape.numpy())
-        if value.shape is None:
+        if value.shape is None or not (value.type is None or isinstance(value.type, ir.TensorType)):
             return None
         return tuple(_size(d, f"{value.name}#{axis}") for axis, d in enumerate(value.shape))
 

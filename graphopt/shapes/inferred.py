@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.shapes.constants import fold_constants, lift_constants
-from graphopt.shapes.facts import ShapeFacts, infer_shapes, store_known_vectors
+from graphopt.shapes.facts import ShapeFacts, store_known_vectors
+from graphopt.shapes.onnx_inference import infer_shapes
 
 _MOST_ROUNDS = 50
 _FOLDED_BYTES = 1 << 20

@@ -1,0 +1,53 @@
+"""ONNX's own shape inference on an `onnx_ir` model, without copying large weights through protobuf."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+_LARGE_BYTES = 4096
+"""Contents of larger initializers never decide a shape: only their types are handed over."""
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Write inferred types and shapes on the main graph's computed values; the declared outputs may change too.
+
+    Symbolic dimensions recorded on computed values are forgotten first: exporters write names there that hold for one
+    trace only. A model that inference refuses is left without inferred shapes.
+    """
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_without_large(model), data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError):
+        return
+    found = {v.name: v for node in ir.from_proto(inferred).graph for v in node.outputs if v.name}
+    for node in model.graph:
+        for value in node.outputs:
+            known = found.get(str(value.name))
+            if known is not None:
+                value.type = known.type if known.type is not None else value.type
+                value.shape = known.shape if known.shape is not None else value.shape
+
+
+def _without_large(model: ir.Model) -> onnx.ModelProto:
+    graph = model.graph
+    initializers = list(graph.initializers.values())
+    large = [
+        v
+        for v in initializers
+        if v.const_value is not None and v.const_value.nbytes > _LARGE_BYTES and not v.is_graph_input()
+    ]
+    for value in large:
+        del graph.initializers[str(value.name)]
+        graph.inputs.append(value)
+    try:
+        return ir.to_proto(model)
+    finally:
+        for _ in large:
+            graph.inputs.pop()
+        graph.initializers.clear()
+        for value in initializers:
+            graph.register_initializer(value)
