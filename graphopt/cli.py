@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as introspect
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ INPUT = click.option(
 def main() -> None:
     """Entry point of the `graphopt` command."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    if not verbose:  # libraries log what becomes our one line of error anyway
+        logging.getLogger().addHandler(logging.NullHandler())
     try:
         code = group.main(standalone_mode=False)
     except click.exceptions.Abort:
