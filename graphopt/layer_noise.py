@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import graph as graphs
 from graphopt.verify import onnxruntime_runner
 
 LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Concat"})
@@ -18,15 +19,14 @@ MOST_LAYERS = 400
 def layer_snr_db(
     before: ir.Model, after: ir.Model, samples: Sequence[Mapping[str, np.ndarray]], work: Path
 ) -> dict[str, float]:
-    """10 log10(sum y^2 / sum (y - y')^2) of layer outputs that both models have by name, in graph order."""
+    """By node: 10 log10(sum y^2 / sum (y - y')^2) of its output, where both models have a value of that name."""
     have_after = {v.name for n in after.graph for v in n.outputs}
-    wanted = [
-        str(v.name)
+    layers = {
+        str(n.outputs[0].name): graphs.label(n)
         for n in before.graph
-        if n.op_type in LAYER_OPERATORS
-        for v in n.outputs[:1]
-        if v.name in have_after and v.dtype == ir.DataType.FLOAT
-    ][:MOST_LAYERS]
+        if n.op_type in LAYER_OPERATORS and n.outputs[0].name in have_after and n.outputs[0].dtype == ir.DataType.FLOAT
+    }
+    wanted = list(layers)[:MOST_LAYERS]
     if not wanted or not samples:
         return {}
     runners = [
@@ -42,7 +42,9 @@ def layer_snr_db(
             signal[name] += float(np.square(a).sum())
             noise[name] += float(np.square(a - b).sum())
     return {
-        name: 10 * math.log10(signal[name] / noise[name]) for name in wanted if noise[name] > 0 and signal[name] > 0
+        layers[name]: 10 * math.log10(signal[name] / noise[name])
+        for name in wanted
+        if noise[name] > 0 and signal[name] > 0
     }
 
 

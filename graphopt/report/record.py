@@ -70,7 +70,7 @@ class VariantRecord:
     """The drop before any layer was returned to float."""
     returned_to_float: tuple[str, ...] = ()
     layer_snr_db: Mapping[str, float] = field(default_factory=dict)
-    """By layer output: signal-to-noise against the same value in the exact variant."""
+    """By node: signal-to-noise of its output against the same value in the exact variant."""
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,12 @@ def milliseconds(latency: Mapping[str, Any] | None) -> str:
     return f"{1e3 * latency['median_s']:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
 
 
-def speedup(ratio: list[float] | None) -> str:
+def speedup(ratio: list[float | None] | None) -> str:
     """Median ratio and its 95 % interval."""
-    return "-" if not ratio else f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+    if not ratio or ratio[0] is None:
+        return "-"
+    low, high = ("?" if end is None else f"{end:.2f}" for end in ratio[1:])  # too few rounds bound nothing
+    return f"{ratio[0]:.2f}x [{low}, {high}]"
 
 
 def pass_line(record: Mapping[str, Any]) -> str:
