@@ -45,13 +45,13 @@ def tanh_of(x):
 
 
 def clip_of(low: float | None, high: float | None) -> Callable:
-    """max(min(x, high), low); None leaves a side open."""
+    """max(min(x, high), low) of float32; None leaves a side open."""
 
     def apply(x):
         from tvm import tirx
 
-        y = x if high is None else tirx.min(x, tirx.const(high, x.dtype))
-        return y if low is None else tirx.max(y, tirx.const(low, x.dtype))
+        y = x if high is None else tirx.min(x, _f(high))
+        return y if low is None else tirx.max(y, _f(low))
 
     return apply
 

@@ -276,7 +276,7 @@ def _scalar(value: Value | None) -> float | None:
 @emits("Clip", "Relu")
 def clip(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
-    if data is None or data.shape is None:
+    if data is None or data.shape is None or data.dtype != "float32":
         return None
     if node.op_type == "Relu":
         return _unary(builder, data, elementwise.clip_of(0.0, None), "relu")
@@ -513,6 +513,39 @@ def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     shape = values[0].shape
     assert shape is not None
     return _image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)
+
+
+@emits("Slice")
+def slice_(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """All bounds known now, so that their forms (attributes before opset 10, operands after) become one."""
+    from tvm import relax
+
+    data = inputs[0]
+    if data is None or data.shape is None:
+        return None
+    if node.opset < 10:
+        starts, ends, axes, steps = (node.get(key, None) for key in ("starts", "ends", "axes", "steps"))
+    else:
+        operands = [inputs[i] if len(inputs) > i else None for i in range(1, 5)]
+        if any(v is not None and v.const is None for v in operands):
+            return None
+        starts, ends, axes, steps = (v if v is None else v.const.reshape(-1).tolist() for v in operands)  # type: ignore[union-attr]
+    if starts is None or ends is None:
+        return None
+    rank = len(data.shape)
+    axes = [int(a) % rank for a in (range(len(starts)) if axes is None else axes)]
+    steps = [1] * len(axes) if steps is None else steps
+    whole, begin, end, stride = list(data.shape), [], [], []
+    for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True):
+        taken = range(*slice(int(start), int(stop), int(step)).indices(data.shape[axis]))
+        if len(taken) == 0 or step < 0:
+            return None
+        begin.append(taken.start)
+        end.append(taken[-1] + 1)
+        stride.append(int(step))
+        whole[axis] = len(taken)
+    sliced = builder.emit(relax.op.strided_slice(builder.plain(data), axes, begin, end, stride))
+    return [Value(tuple(whole), data.dtype, plain=sliced)]
 
 
 # ---- matrix products

@@ -77,7 +77,7 @@ class Builder:
     def constant(self, array: np.ndarray):
         from tvm import relax
 
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
         return relax.const(array, str(array.dtype))
 
     def plain(self, value: Value):
