@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -77,6 +78,51 @@ def test_seconds_bound_the_race_and_threads_go_to_sleep(light, feeds):
     result = race([light], feeds, threads=2, seconds=1.0)
     assert result.rounds >= 5
     assert result.environment.machine["threads"] == 2
+
+
+class Recorder:
+    """A progress display that adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0.0, 0.0
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float):
+        self.total = total
+
+        def advance(steps: float) -> None:
+            assert steps >= 0
+            self.steps += steps
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize("budget", [{"seconds": 0.2}, {"rounds": 2}])
+def test_progress_ends_at_its_total(light, feeds, budget):
+    progress = Recorder()
+    race([light], feeds, progress=progress, **budget)
+    assert progress.steps == pytest.approx(progress.total)
+
+
+def test_a_compiled_folder_races_the_model_it_came_from(tmp_path):
+    from graphopt import model as models
+    from graphopt.samples import random_feeds
+    from graphopt.targets.cpu import Cpu
+
+    digits = Path(__file__).resolve().parent.parent / "examples" / "digits" / "digits.onnx"
+    model = models.fix_inputs(models.load(digits), {"image": (1, 1, 16, 16)})
+    target = Cpu(threads=1)
+    lowered = target.lower(model)
+    target.tune(lowered, seconds=0, database=tmp_path / "database.jsonl")
+    (tmp_path / "compiled").mkdir()
+    target.build(lowered, tmp_path / "compiled")
+    feeds = random_feeds(models.signature(model))
+    result = race([Contender.onnx(digits), Contender.compiled(tmp_path / "compiled", "tvm")], feeds, rounds=5)
+    assert not result.failed
+    assert 0.05 < result.ratio("tvm", "digits.onnx").median < 50
 
 
 def test_who_cannot_run_is_named_and_left_out(light, feeds, tmp_path):

@@ -147,16 +147,16 @@ def _one_run(
 
         def rounds() -> Iterator[Round]:
             _all_alive(lineup, base, new)
-            start = last = time.monotonic()
+            start, told = time.monotonic(), 0.0
             for turn in turns(lineup, seed):
                 _all_alive(lineup, base, new)
                 for name, burst in turn.items():
                     taken[name].append(burst)
                 yield tuple(float(np.median(turn[lane])) for lane in (BASE, AGAIN, NEW))  # type: ignore[misc]
-                now = time.monotonic()
-                advance(now - last)
-                last = now
-                if now - start >= seconds:
+                elapsed = time.monotonic() - start
+                advance(min(elapsed, seconds) - told)
+                told = min(elapsed, seconds)
+                if elapsed >= seconds:
                     return
 
         begin = time.monotonic()
@@ -232,7 +232,10 @@ def _choose(run: PairedResult, name: str | None, other: PairedResult) -> str:
     common = [candidate for candidate in run.names if candidate in other.names]
     if len(common) == 1:
         return common[0]
-    raise MeasurementError(f"saved latencies are of several contenders: {', '.join(run.names)}", hint="name one")
+    raise MeasurementError(
+        f"saved latencies are of several contenders: {', '.join(run.names)}",
+        hint="save each on its own (`graphopt bench MODEL -o FILE`)",
+    )
 
 
 def _check_bound(max_regression: float) -> None:

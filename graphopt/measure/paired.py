@@ -124,16 +124,17 @@ def race(
     taken: dict[str, list[Burst]] = {contender.name: [] for contender in contenders}
     with Lineup(contenders, feeds, threads=threads, timeout_s=timeout_s) as lineup:
         label = f"measuring {len(contenders)} contenders" if len(contenders) > 1 else f"measuring {contenders[0].name}"
-        with progress.task(label, float(rounds) if rounds is not None else float(seconds or 0)) as advance:
-            start = last = time.monotonic()
-            for number, turn in enumerate(turns(lineup, seed)):
+        total = float(rounds) if rounds is not None else float(seconds or 0)
+        with progress.task(label, total) as advance:
+            start, told = time.monotonic(), 0.0
+            for done, turn in enumerate(turns(lineup, seed), start=1):
                 for name, burst in turn.items():
                     taken[name].append(burst)
-                now = time.monotonic()
-                advance(1 if rounds is not None else now - last)
-                last = now
-                done = number + 1
-                if done == rounds or (seconds is not None and done >= MIN_ROUNDS and now - start >= seconds):
+                elapsed = time.monotonic() - start
+                reached = min(float(done) if rounds is not None else elapsed, total)
+                advance(reached - told)
+                told = reached
+                if done == rounds or (seconds is not None and done >= MIN_ROUNDS and elapsed >= seconds):
                     break
         if not lineup.racers:
             raise MeasurementError("; ".join(lineup.failed.values()))
