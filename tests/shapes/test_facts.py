@@ -1,0 +1,95 @@
+"""Shapes and shape vectors with dynamic dimensions, against what ONNX Runtime computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.shapes.dimensions import Dim
+from graphopt.shapes.facts import ShapeFacts
+from graphopt.shapes.inferred import inferred_shapes
+from graphopt.shapes.onnx_inference import infer_shapes
+from tests.passes.oracle import run
+from tests.rewrites.pairs import parse
+
+NODES = [
+    "Conv <pads = [1, 1]> (x, w)",
+    "Conv <strides = [2]> (x, w)",
+    "Conv <dilations = [2], pads = [2, 2]> (x, w)",
+    "MaxPool <kernel_shape = [3], strides = [2], pads = [1, 1]> (x)",
+    "AveragePool <kernel_shape = [2]> (x)",
+    "Relu (x)",
+    "Add (x, x)",
+    "Concat <axis = 1> (x, x)",
+    "Concat <axis = 0> (x, x)",
+    "Transpose <perm = [2, 0, 1]> (x)",
+    "Reshape (x, zero_one)",
+    "Reshape (x, flat)",
+]
+
+
+def unknown_sizes(shape, n, h):
+    """Evaluate a symbolic shape for N = n and H = h."""
+    sizes = []
+    for size in shape:
+        if not isinstance(size, Dim):
+            sizes.append(size)
+            continue
+        text = repr(size)
+        for floor in ("floor", "trunc"):
+            text = text.replace(floor, "int")
+        sizes.append(int(eval(text, {"__builtins__": {"int": lambda v: np.floor(v)}}, {"N": n, "H": h})))
+    return tuple(sizes)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_shapes_are_what_the_runtime_makes(node):
+    model = parse(f"""g (float[N, 2, H] x) => (int64[R] s)
+    <float[2, 2, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, int64[3] zero_one = {{0, 1, -1}}, int64[1] flat = {{-1}}> {{
+        y = {node} s = Shape(y) }}""")
+    infer_shapes(model)
+    shape = ShapeFacts(model).shape(model.graph[0].outputs[0])
+    assert shape is not None
+    for n, h in ((3, 10), (1, 7), (2, 12)):
+        (found,) = run(model, {"x": np.zeros((n, 2, h), np.float32)})
+        assert unknown_sizes(shape, n, h) == tuple(found)
+
+
+def test_names_on_computed_values_are_not_believed():
+    model = parse("""g (float[N, 2] x, float[M, 2] z) => (float[N, 2] y) {
+        a = Relu(x) b = Relu(z) c = Shape(a) d = Shape(b) y = Neg(a) }""")
+    by_name = {v.name: v for n in model.graph for v in n.outputs}
+    for name in ("a", "b"):
+        by_name[name].shape = ir.Shape(["same", 2])
+    infer_shapes(model)
+    facts = ShapeFacts(model)
+    assert facts.shape(by_name["a"]) != facts.shape(by_name["b"])
+    assert list(facts.content(by_name["c"])) == [Dim.named("N"), 2]  # type: ignore[arg-type]
+
+
+def test_question_marks_are_not_names():
+    model = parse("g (float[N, M] x) => (float[N, M] y) { y = Relu(x) }")
+    model.graph.inputs[0].shape = ir.Shape(["?", "?"])
+    first, second = ShapeFacts(model).shape(model.graph.inputs[0])  # type: ignore[misc]
+    assert first != second
+
+
+def test_shapes_that_depend_on_computed_contents():
+    model = parse("""g (float[3, 4] x) => (float[A, B] y) <int64 one = {1}, int64 zero = {0}, int64[1] ax = {0}> {
+        s = Shape(x) n = Gather(s, one) r = Range(zero, n, one) u = Unsqueeze(n, ax) c = ConstantOfShape(u)
+        f = Cast <to = 1> (r) p = Add(f, c) y = Expand(p, s) }""")
+    shapes = inferred_shapes(model)
+    assert shapes["r"] == (4,) and shapes["c"] == (4,) and shapes["y"] == (3, 4) and shapes["n"] == ()
+    assert len(model.graph) == 8, "the model itself is left alone"
+
+
+def test_large_weights_do_not_travel_and_stay_in_order():
+    weights = ", ".join(["1.0"] * 2048)
+    model = parse(f"""g (float[N, 2048] x) => (float[N, 2048] y)
+    <float[2048] a = {{{weights}}}, float[1] b = {{1}}, float[2048] c = {{{weights}}}> {{
+        p = Mul(x, a) q = Add(p, b) y = Add(q, c) }}""")
+    infer_shapes(model)
+    assert list(model.graph.initializers) == ["a", "b", "c"]
+    assert [v.name for v in model.graph.inputs] == ["x"]
+    assert not any(v.is_graph_input() for v in model.graph.initializers.values())
