@@ -39,9 +39,11 @@ def lift_constants(model: ir.Model) -> int:
             continue
         old = node.outputs[0]
         tensor = ir.convenience.get_const_tensor(old)
-        if tensor is None:  # a sparse constant, or an attribute that refers to a function's argument
+        if tensor is None or tensor.dtype == ir.DataType.STRING:  # None: sparse, or an argument of a function
             continue
-        _become_initializer(model.graph, old, tensor)
+        # A new tensor, since a clone of the model may share the old one, and naming it would name it there too.
+        named = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=old.name)
+        _become_initializer(model.graph, old, named)
         model.graph.remove(node, safe=True)
         lifted += 1
     return lifted
