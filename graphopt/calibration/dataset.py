@@ -145,7 +145,7 @@ def random_dataset(signature: Signature, count: int, seed: int) -> Dataset:
             else:
                 raise DataError(f"input {spec} has a dynamic dimension {dim or '?'}", hint="fix it with --input")
         arrays[spec.name] = _random_array(rng, (count, *shape), spec.dtype)
-    if all(spec.shape and spec.shape[0] in (1, None) or _is_named_batch(spec) for spec in signature.inputs):
+    if all((spec.shape and spec.shape[0] in (1, None)) or _is_named_batch(spec) for spec in signature.inputs):
         arrays = {name: array[:, 0] for name, array in arrays.items()}
         whole: frozenset[str] = frozenset()
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -12,10 +14,14 @@ import onnx_ir as ir
 from graphopt.calibration.dataset import Dataset
 from graphopt.calibration.statistics import Observer, TensorStatistics
 from graphopt.errors import DataError, ModelError
+from graphopt.model import digest
 from graphopt.progress import SILENT, Progress
 
 BATCH = 4
 """Samples a step: every watched value of a batch is in memory at once, so it is kept small."""
+
+
+_known: weakref.WeakKeyDictionary[Dataset, dict[tuple[str, str], TensorStatistics]] = weakref.WeakKeyDictionary()
 
 
 def collect_statistics(
@@ -23,12 +29,39 @@ def collect_statistics(
 ) -> dict[str, TensorStatistics]:
     """Statistics of the float values called `names` while `model` runs over `dataset`, in one pass.
 
-    Nothing but the statistics is kept. Raises ModelError: ONNX Runtime refuses the model, or a value is unknown or
-    not float; DataError: no samples, the model refuses them, or a value becomes NaN or infinite.
+    Nothing but the statistics is kept, with the data set: asked again for the same model and data, they are not
+    collected again (returning layers to float asks often). Raises ModelError: ONNX Runtime refuses the model, or a
+    value is unknown or not float; DataError: no samples, the model refuses them, or a value becomes NaN or infinite.
     """
-    import onnxruntime
-
+    known = _known.setdefault(dataset, {})
+    identity = digest(model)
     wanted = list(dict.fromkeys(names))
+    observers = {name: Observer() for name in wanted if (identity, name) not in known}
+    for values in watch(model, observers, dataset, label="calibrate", progress=progress):
+        for name, array in values.items():
+            if array.dtype.kind != "f":
+                raise ModelError(f"value {name!r} is {array.dtype}: only float values have statistics")
+            try:
+                observers[name].see(array if array.dtype != np.float16 else array.astype(np.float32))
+            except ValueError:
+                raise DataError(
+                    f"value {name!r} becomes NaN or infinite on {dataset.source}",
+                    hint="look at the data and its preprocessing",
+                ) from None
+    known.update({(identity, name): observer.statistics() for name, observer in observers.items()})
+    return {name: known[identity, name] for name in wanted}
+
+
+def watch(
+    model: ir.Model, names: Iterable[str], dataset: Dataset, *, label: str, progress: Progress = SILENT
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run `model` over `dataset`, a small batch at a time, and yield the values called `names` of each batch.
+
+    Raises ModelError and DataError as `collect_statistics` does.
+    """
+    wanted = list(dict.fromkeys(names))
+    if not wanted:
+        return
     if len(dataset) == 0:
         raise DataError(f"no calibration samples in {dataset.source}")
     inputs = {str(value.name) for value in model.graph.inputs}
@@ -40,56 +73,44 @@ def collect_statistics(
     inner = [name for name in wanted if name not in inputs]
     proto = ir.to_proto(model)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner if name not in outputs)
-    session = _session(proto)
-    observers = {name: Observer() for name in wanted}
-    total = len(dataset)
-    with progress.task("calibrate", total) as advance:
-        done = 0
+    session = open_session(proto.SerializeToString())
+    total, done = len(dataset), 0
+    with progress.task(label, total) as advance:
         for feeds in dataset.batches(BATCH):
             try:
-                results = session.run(inner, feeds) if inner else []
-            except (
-                onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException,
-                onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
-                onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-            ) as error:
+                results = dict(zip(inner, session.run(inner, feeds) if inner else [], strict=True))
+            except engine_errors() as error:
                 raise DataError(f"the model refuses samples of {dataset.source}: {_first_line(error)}") from error
-            for name in wanted:
-                array = feeds[name] if name in feeds else results[inner.index(name)]
-                _see(observers[name], np.asarray(array), name, dataset.source)
+            yield {name: np.asarray(feeds[name] if name in feeds else results[name]) for name in wanted}
             step = min(dataset.fixed_batch or BATCH, total - done)
             done += step
             advance(step)
-    return {name: observer.statistics() for name, observer in observers.items()}
 
 
-def _see(observer: Observer, array: np.ndarray, name: str, source: str) -> None:
-    if array.dtype.kind != "f":
-        raise ModelError(f"value {name!r} is {array.dtype}: only float values have statistics")
-    try:
-        observer.see(array if array.dtype != np.float16 else array.astype(np.float32))
-    except ValueError:
-        raise DataError(
-            f"value {name!r} becomes NaN or infinite on {source}", hint="look at the data and its preprocessing"
-        ) from None
-
-
-def _session(proto: onnx.ModelProto):
+def open_session(model: bytes | str, threads: int | None = None):
+    """An ONNX Runtime session with every optimisation, on all cores or `threads`. Raises ModelError."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or available_cores()
+    options.log_severity_level = 4  # its errors come back as exceptions
     try:
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except (
-        onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-        onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
-        onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
-        onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented,
-        onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException,
-    ) as error:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except engine_errors() as error:
         raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+
+
+def available_cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def engine_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; it has no common base class of its own."""
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
+             "RuntimeException", "EPFail")  # fmt: skip
+    return (*(getattr(state, name) for name in names if hasattr(state, name)), ValueError)
 
 
 def _first_line(error: BaseException) -> str:

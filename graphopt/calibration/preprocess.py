@@ -5,13 +5,15 @@ Steps, in this order: decode, convert to the wanted channels, fit to the wanted 
 
 | preset | fit | value of a channel | channels |
 |---|---|---|---|
-| imagenet | short side to 256/224 of the crop, centre crop | (x/255 - [0.485,0.456,0.406]) / [0.229,0.224,0.225] | RGB |
+| imagenet | short side to 256/224 of the crop, centre crop | (x/255 - MEAN) / STD | RGB |
 | imagenet-inception | the same | x/127.5 - 1 | RGB |
 | unit | the same | x/255 | RGB |
 | raw | the same | x, 0..255 | RGB |
 | raw-bgr | the same | x, 0..255 | BGR |
 | cifar10 | stretch | as imagenet | RGB |
 | mnist | stretch | x, 0..255 | grey |
+
+MEAN is 0.485, 0.456, 0.406 and STD 0.229, 0.224, 0.225 (ImageNet's, for R, G, B).
 
 Height and width come from the model's input; a preset is for any size. A TOML file says the same in its own words,
 every key optional (defaults are those of `raw`):
@@ -43,7 +45,7 @@ from graphopt.model import TensorSpec
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Fit = Literal["crop", "stretch", "pad"]
 Channels = Literal["rgb", "bgr", "gray"]

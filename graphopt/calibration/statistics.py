@@ -133,24 +133,26 @@ class TensorStatistics:
 
         if symmetric:
             top = max(-low, high)
-            high = _best([top * s for s in np.linspace(1.0, 0.1, 181)], lambda hi: error(-hi, hi))
+            high = _best([(-top * s, top * s) for s in np.linspace(1.0, 0.1, 181)], error)[1]
             return -high, high
         steps = np.linspace(1.0, 0.0, 101)[:-1]
+        lows = [low * s for s in steps] + ([0.0] if high > 0 else [])
+        highs = [high * s for s in steps]
         for _ in range(3):  # coordinate descent: the two ends are nearly independent
             before = (low, high)
             if high > 0:
-                high = _best([max(self.maximum, 0.0) * s for s in steps], lambda hi: error(low, hi))
+                low, high = _best([(low, hi) for hi in highs], error)
             if low < 0:
-                shorter = [*steps, 0.0] if high > 0 else steps
-                low = _best([min(self.minimum, 0.0) * s for s in shorter], lambda lo: error(lo, high))
+                low, high = _best([(lo, high) for lo in lows], error)
             if (low, high) == before:
                 break
         return low, high
 
 
-def _best(candidates: Sequence[float], cost: Callable[[float], float]) -> float:
-    costs = [cost(candidate) for candidate in candidates]
-    return float(candidates[int(np.argmin(costs))])
+def _best(candidates: Sequence[tuple[float, float]], cost: Callable[[float, float], float]) -> tuple[float, float]:
+    costs = [cost(*candidate) for candidate in candidates]
+    low, high = candidates[int(np.argmin(costs))]
+    return float(low), float(high)
 
 
 def _divergence(values: np.ndarray, counts: np.ndarray, low: float, high: float, levels: int) -> float:

@@ -38,12 +38,13 @@ import onnx_ir as ir
 
 from graphopt.calibration.statistics import Method
 from graphopt.errors import PassError, nearest
-from graphopt.graph import label
+from graphopt.graph import label, remove_unused_initializers
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
-from graphopt.passes.quantization.insert import insert_layer, insert_pair
+from graphopt.passes.quantization.insert import Inserter
 from graphopt.passes.quantization.opset import raise_opset
 from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.ranges import Encoding, encode_family
+from graphopt.passes.quantization.rounding import Rounding, round_layers
 
 
 class QuantizeInt8(Pass):
@@ -59,8 +60,8 @@ class QuantizeInt8(Pass):
     """Type of activations; auto: what the target's dot instruction multiplies."""
     reduce_range: Literal["auto", "true", "false"] = "auto"
     """7-bit weights, so that sums of two products cannot saturate 16 bits; auto: where the target needs it."""
-    weight_search: bool = False
-    """Choose each channel's weight scale for the least squared error."""
+    rounding: Rounding = "compensated"
+    """How weights are rounded: compensated makes up for each error in the weights not yet rounded and in the bias."""
     exclude: tuple[str, ...] = ()
     """Names of nodes to leave float (of a nameless node: its first output)."""
     exclude_types: tuple[str, ...] = ()
@@ -89,12 +90,15 @@ class QuantizeInt8(Pass):
         for family in placement.families:
             encoding = encode_family(family, dict(context.statistics), self.calibration, self.percentile, dtype)
             encodings.update(dict.fromkeys(family.members, encoding))
-        for layer in placement.layers:
-            x = layer.node.inputs[0]
-            assert x is not None
-            insert_layer(graph, layer, encodings[x], limit=64 if reduced else 127, search=self.weight_search)
+        inputs = {layer: encodings[layer.input] for layer in placement.layers}
+        limit = 64 if reduced else 127
+        rounded = round_layers(raised, placement.layers, inputs, limit, self.rounding, context)
+        inserter = Inserter(graph, placement.integer_nodes)
+        for layer, (scales, integers) in rounded.items():
+            inserter.layer(layer, inputs[layer], scales, integers)
         for value, encoding in encodings.items():
-            insert_pair(graph, value, encoding, placement.integer_nodes)
+            inserter.pair(value, encoding)
+        remove_unused_initializers(graph)
         note = f"{len(placement.layers)} layers in {'u8' if unsigned else 's8'} x s8, {len(encodings)} values in 8 bits"
         return PassResult(raised, len(placement.layers), placement.skipped, (note,))
 

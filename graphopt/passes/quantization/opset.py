@@ -32,7 +32,7 @@ def raise_opset(model: ir.Model) -> ir.Model | str:
     before.ir_version = max(before.ir_version, NEEDED_IR)
     try:
         proto = onnx.version_converter.convert_version(before, NEEDED_OPSET)
-    except (RuntimeError, ValueError, onnx.onnx_cpp2py_export.version_converter.ConvertError) as error:
+    except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         return f"{what}: {lines[0][:200]}"
     proto.ir_version = before.ir_version

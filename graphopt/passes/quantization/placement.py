@@ -50,6 +50,13 @@ class Layer:
     output: ir.Value
     """Behind the fused activation."""
 
+    @property
+    def input(self) -> ir.Value:
+        """The activations it multiplies."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
 
 @dataclass
 class Family:

@@ -1,0 +1,129 @@
+"""Mean and covariance of what each weight of a layer multiplies, from the calibration data, in one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.calibration import Dataset
+from graphopt.calibration.observe import watch
+from graphopt.graph import attribute, constant_of
+from graphopt.passes.quantization.placement import Layer
+from graphopt.progress import Progress
+
+POSITIONS = 32
+"""Output positions drawn a sample: neighbours say nearly the same."""
+FLUSH_ROWS = 1024
+"""Rows gathered before they are multiplied into the covariance."""
+MAX_TAPS = 2304
+"""Largest group of weights with a covariance (its square is kept); larger layers get the mean alone."""
+
+
+@dataclass
+class Moments:
+    """Over the rows seen: `mean` (groups, taps), `covariance` (groups, taps, taps) or None for large layers.
+
+    Taps are the weights of one output channel in the order they are stored: (C/group, kH, kW) of a Conv, rows of a
+    Gemm's or MatMul's matrix.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray | None
+
+
+def collect_moments(
+    model: ir.Model, layers: Sequence[Layer], dataset: Dataset, seed: int, progress: Progress
+) -> dict[Layer, Moments]:
+    """Moments of every layer's input. Raises ModelError and DataError as `collect_statistics` does."""
+    sums = {layer: _Sums(layer, np.random.default_rng((seed, index))) for index, layer in enumerate(layers)}
+    names = [str(layer.input.name) for layer in layers]
+    for values in watch(model, names, dataset, label="collect input moments", progress=progress):
+        for layer, name in zip(layers, names, strict=True):
+            sums[layer].add(values[name])
+    return {layer: total.moments() for layer, total in sums.items()}
+
+
+class _Sums:
+    def __init__(self, layer: Layer, rng: np.random.Generator):
+        self.layer = layer
+        self.rng = rng
+        self.rows = 0
+        self.waiting: list[np.ndarray] = []
+        self.total: np.ndarray | None = None
+        self.squares: np.ndarray | None = None
+
+    def add(self, array: np.ndarray) -> None:
+        self.waiting.append(self._patches(array).astype(np.float32))
+        if sum(rows.shape[1] for rows in self.waiting) >= FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = np.concatenate(self.waiting, axis=1)
+        self.waiting.clear()
+        groups, _, taps = rows.shape
+        if self.total is None:
+            self.total = np.zeros((groups, taps))
+            self.squares = np.zeros((groups, taps, taps)) if taps <= MAX_TAPS else None
+        self.rows += rows.shape[1]
+        self.total += rows.sum(axis=1, dtype=np.float64)
+        if self.squares is not None:
+            self.squares += rows.transpose(0, 2, 1) @ rows
+
+    def moments(self) -> Moments:
+        if self.waiting:
+            self._flush()
+        assert self.total is not None
+        mean = self.total / self.rows
+        if self.squares is None:
+            return Moments(mean, None)
+        return Moments(mean, self.squares / self.rows - mean[:, :, None] * mean[:, None, :])
+
+    def _patches(self, array: np.ndarray) -> np.ndarray:
+        """(groups, rows, taps): what the weights multiply at some output positions."""
+        node = self.layer.node
+        if node.op_type != "Conv":
+            rows = array.reshape(-1, array.shape[-1])
+            if len(rows) > POSITIONS * max(1, array.shape[0]):
+                rows = rows[self.rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
+            return rows[None]
+        weights = constant_of(node.inputs[1])
+        assert weights is not None
+        kernel = weights.shape[2:]
+        rank = len(kernel)
+        strides = tuple(attribute(node, "strides", (1,) * rank))
+        dilations = tuple(attribute(node, "dilations", (1,) * rank))
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+        pads = _pads(node, array.shape[2:], reach, strides)
+        padded = np.pad(array, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else array
+        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
+        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+        places = windows.shape[2 : 2 + rank]
+        count = min(POSITIONS, int(np.prod(places)))
+        samples = np.repeat(np.arange(len(array)), count)
+        drawn = [self.rng.choice(int(np.prod(places)), count, replace=False) for _ in range(len(array))]
+        position = np.unravel_index(np.concatenate(drawn), places)
+        groups = attribute(node, "group", 1)
+        inputs = array.shape[1] // groups
+        taken = windows[(samples[:, None], np.arange(array.shape[1])[None], *(p[:, None] for p in position))]
+        rows = taken.reshape(len(samples), groups, inputs * int(np.prod(kernel)))
+        return rows.transpose(1, 0, 2)
+
+
+def _pads(node: ir.Node, shape, reach, strides) -> list[tuple[int, int]]:
+    rank = len(reach)
+    auto = attribute(node, "auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for size, window, stride in zip(shape, reach, strides, strict=True):
+            total = max(0, (-(-size // stride) - 1) * stride + window - size)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        return pads
+    if auto == "VALID":
+        return [(0, 0)] * rank
+    flat = attribute(node, "pads", (0,) * (2 * rank))
+    return [(flat[axis], flat[rank + axis]) for axis in range(rank)]

@@ -1,0 +1,167 @@
+"""Returning layers to float when 8 bits cost too much accuracy.
+
+1. Rank: what the outputs gain in signal-to-noise when one layer alone goes back to float, on a few calibration
+   samples. That is cheap, and says what no accuracy on a few samples could.
+2. Search: the accuracy of the model without its k most harmful layers, for k = 1, 2, 4, ... until the bound holds, then
+   bisection between the last that failed and the first that held. So the number of full evaluations grows with the
+   logarithm of the number of layers, and what is returned was itself evaluated.
+
+Which layers suffer is measured, never assumed: first and last layers have no privilege.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.calibration import Dataset
+from graphopt.calibration.observe import open_session
+from graphopt.graph import constant_of, label
+from graphopt.model import to_bytes
+from graphopt.progress import SILENT, Progress
+
+RANKING_SAMPLES = 16
+BuildVariant = Callable[[tuple[str, ...]], ir.Model]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A layer that went back to float, and the dB the outputs gain when it does so alone."""
+
+    node: str
+    gain_db: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One full evaluation: how many of the ranked layers were float, and the accuracy lost."""
+
+    excluded: int
+    drop: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The model within the bound with the fewest ranked layers in float; `met` False: the best that was found."""
+
+    excluded: tuple[Returned, ...]
+    model: ir.Model
+    drop: float
+    met: bool
+    trials: tuple[Trial, ...]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the layers returned to float."""
+        return tuple(returned.node for returned in self.excluded)
+
+
+def quantized_layers(model: ir.Model) -> tuple[str, ...]:
+    """Names of the nodes whose weights are stored as integers, in graph order."""
+    return tuple(
+        label(node)
+        for node in model.graph
+        if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 and _stored_as_integers(node.inputs[1])
+    )
+
+
+def _stored_as_integers(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    return constant_of(producer.inputs[0]) is not None
+
+
+def rank_layers(
+    build_variant: BuildVariant,
+    layers: Sequence[str],
+    reference: ir.Model,
+    dataset: Dataset,
+    *,
+    samples: int = RANKING_SAMPLES,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> tuple[Returned, ...]:
+    """`layers` by what returning each alone to float gains the outputs, most first.
+
+    `build_variant(excluded)` makes the quantized model with these nodes left float; `reference` is the float model.
+    The gain is 10 log10 of the noise energy before over after, on `samples` of `dataset`, the worst output's.
+    """
+    drawn, _ = dataset.draw(min(samples, len(dataset)), seed)
+    wanted = _outputs(reference, drawn)
+    before = _noise(wanted, _outputs(build_variant(()), drawn))
+    found: list[Returned] = []
+    with progress.task("rank layers by the noise they add", len(layers)) as advance:
+        for layer in layers:
+            after = _noise(wanted, _outputs(build_variant((layer,)), drawn))
+            gain = min((_ratio_db(b, a) for b, a in zip(before, after, strict=True)), default=0.0)
+            found.append(Returned(layer, gain))
+            advance(1)
+    return tuple(sorted(found, key=lambda returned: -returned.gain_db))
+
+
+def recover(
+    build_variant: BuildVariant,
+    ranked: Sequence[Returned],
+    evaluate: Callable[[ir.Model], float],
+    max_drop: float,
+    progress: Progress = SILENT,
+) -> Recovery:
+    """Return the first few of `ranked` to float, as few as keep the accuracy lost within `max_drop`.
+
+    `build_variant(excluded)` makes the model with these nodes left float; `evaluate` gives the points it loses.
+    """
+    trials: dict[int, float] = {}
+    models: dict[int, ir.Model] = {}
+
+    def try_prefix(count: int) -> bool:
+        if count not in trials:
+            model = build_variant(tuple(returned.node for returned in ranked[:count]))
+            trials[count] = evaluate(model)
+            progress.note(f"{count} of {len(ranked)} layers in float: {trials[count]:.3f} points lost")
+            best = min(trials, key=lambda k: (_excess(trials[k], max_drop), k))
+            if best == count:  # only the best is kept in memory
+                models.clear()
+                models[count] = model
+        return trials[count] <= max_drop + 1e-9
+
+    failed, held = -1, 0
+    while not try_prefix(held):
+        failed = held
+        if held == len(ranked):
+            break
+        held = min(len(ranked), max(1, 2 * held))
+    while trials[held] <= max_drop + 1e-9 and held - failed > 1:
+        middle = (failed + held) // 2
+        if try_prefix(middle):
+            held = middle
+        else:
+            failed = middle
+    best, model = next(iter(models.items()))
+    record = tuple(Trial(count, drop) for count, drop in trials.items())
+    return Recovery(tuple(ranked[:best]), model, trials[best], trials[best] <= max_drop + 1e-9, record)
+
+
+def _excess(drop: float, max_drop: float) -> float:
+    return max(0.0, drop - max_drop - 1e-9)
+
+
+def _outputs(model: ir.Model, dataset: Dataset) -> list[np.ndarray]:
+    session = open_session(to_bytes(model))
+    batches = [session.run(None, feeds) for feeds in dataset.batches(1)]
+    columns = [np.stack([np.asarray(row[index]) for row in batches]) for index in range(len(batches[0]))]
+    return [column.astype(np.float64) for column in columns if column.dtype.kind == "f"]
+
+
+def _noise(wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> list[float]:
+    return [float(np.square(a - b).sum()) for a, b in zip(wanted, got, strict=True)]
+
+
+def _ratio_db(before: float, after: float) -> float:
+    if after == 0.0:
+        return 0.0 if before == 0.0 else math.inf
+    return -math.inf if before == 0.0 else 10 * math.log10(before / after)
