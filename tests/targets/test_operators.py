@@ -97,7 +97,7 @@ def test_exp_at_its_ends():
 )
 def test_binary_on_blocked_activations(op, channels, other, constant, swap):
     shapes = {
-        "same": (1, channels, 6, 5), "channel": (1, channels, 1, 1), "pixel": (1, 1, 6, 5), "scalar": (),
+        "same": (1, channels, 6, 5), "channel": (1, channels, 1, 1), "pixel": (1, 1, 6, 5), "scalar": (1, 1),
         "one": (1,), "row": (5,),
     }  # fmt: skip
     x, z = uniform(1, 1, 4, 6, 5), uniform(2, *shapes[other]) + 3

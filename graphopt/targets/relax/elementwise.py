@@ -18,14 +18,17 @@ def exp_of(x):
     """exp of a float32 expression: reduce to r = x - n ln 2 with |r| <= ln 2 / 2, polynomial, scale by 2^n."""
     from tvm import tirx
 
-    one = _f(1.0)
-    clamped = tirx.max(tirx.min(x, _f(88.3762626647949)), _f(-87.3365447))
-    n = tirx.nearbyint(clamped * _f(1.44269504088896341))
-    r = clamped - n * _f(0.693359375)
-    r = r - n * _f(-2.12194440e-4)
-    poly = _horner(_EXP, r) * r * r + r + one
-    scale = tirx.reinterpret("float32", (n.astype("int32") + 127) << 23)
-    return tirx.Select(x > _f(88.72283), _f(np.inf), poly * scale)
+    def body(x):
+        clamped = tirx.max(tirx.min(x, _f(88.3762626647949)), _f(-87.3365447))
+        result = _let(clamped, lambda c: _let(tirx.nearbyint(c * _f(1.44269504088896341)), lambda n: scaled(c, n)))
+        return tirx.Select(x > _f(88.72283), _f(np.inf), result)
+
+    def scaled(clamped, n):
+        r = clamped - n * _f(0.693359375) - n * _f(-2.12194440e-4)
+        poly = _let(r, lambda r: _horner(_EXP, r) * r * r + r + _f(1.0))
+        return poly * tirx.reinterpret("float32", (n.astype("int32") + 127) << 23)
+
+    return _let(x, body)
 
 
 def sigmoid_of(x):
@@ -37,11 +40,18 @@ def tanh_of(x):
     """tanh: an odd polynomial near zero, 1 - 2 / (exp(2 |x|) + 1) elsewhere."""
     from tvm import tirx
 
-    square = x * x
-    near = _horner(_TANH, square) * square * x + x
-    size = tirx.max(x, _f(0.0) - x)
-    far = _f(1.0) - _f(2.0) / (exp_of(size + size) + _f(1.0))
-    return tirx.Select(size < _f(0.625), near, tirx.Select(x < _f(0.0), _f(0.0) - far, far))
+    def near(x):
+        return _let(x * x, lambda square: _horner(_TANH, square) * square * x + x)
+
+    def far(x, size):
+        positive = _f(1.0) - _f(2.0) / (exp_of(size + size) + _f(1.0))
+        return _let(positive, lambda y: tirx.Select(x < _f(0.0), _f(0.0) - y, y))
+
+    def body(x):
+        size = tirx.max(x, _f(0.0) - x)
+        return _let(size, lambda size: tirx.Select(size < _f(0.625), near(x), far(x, size)))
+
+    return _let(x, body)
 
 
 def clip_of(low: float | None, high: float | None) -> Callable:
@@ -62,7 +72,7 @@ def leaky_relu_of(alpha: float) -> Callable:
     def apply(x):
         from tvm import tirx
 
-        return tirx.Select(x > _f(0.0), x, x * _f(alpha))
+        return _let(x, lambda x: tirx.Select(x > _f(0.0), x, x * _f(alpha)))
 
     return apply
 
@@ -74,7 +84,7 @@ def hard_sigmoid_of(alpha: float, beta: float) -> Callable:
 
 def hard_swish_of(x):
     """x * max(0, min(1, x / 6 + 1 / 2))."""
-    return x * hard_sigmoid_of(1 / 6, 0.5)(x)
+    return _let(x, lambda x: x * hard_sigmoid_of(1 / 6, 0.5)(x))
 
 
 def quantize_of(scale: float, zero_point: int, dtype: str) -> Callable:
@@ -104,6 +114,14 @@ def mapped(function: Callable, name: str) -> Callable:
         return te.compute(data.shape, lambda *i: function(data[i]), name=name)
 
     return expression
+
+
+def _let(value, body: Callable):
+    """`body(value)` with the value named: inlining and code generation then see it once, not once a use."""
+    from tvm import tirx
+
+    name = tirx.Var("t", "float32")
+    return tirx.Let(name, value, body(name))
 
 
 def _f(value: float):

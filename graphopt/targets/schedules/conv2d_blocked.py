@@ -7,7 +7,8 @@ Loop order: n, out-block, row (parallel) / position tile / in-block, kh, in-lane
 three are unrolled and vectorised, kw too. A kernel of 1x1 with stride 1 reads the picture as one long row, so its tile
 may cross rows. `order` says which of the out-blocks ("weights" stay in cache) and positions ("data" stays) is outer.
 
-Register budget: columns * outs accumulators + outs weights + 1 scalar <= registers.
+Register budget: columns * outs accumulators + columns broadcast scalars + outs weights <= registers. LLVM hoists the
+broadcasts: past this sum it spills, and speed falls to a third.
 
 Source: Georganas et al., Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures, SC 2018,
 section II (register and cache blocking); Liu et al., NeoCPU, USENIX ATC 2019, section 3.1 (NCHW[x]c).
@@ -32,10 +33,14 @@ from graphopt.targets.schedules.workload import (
 )
 
 NAME = "conv2d_blocked"
-VERSION = 1
+VERSION = 2
 FMA_PER_CYCLE = 2
-LOADS_PER_CYCLE = 2
+LOADS_PER_CYCLE = 1.6
+"""Two ports, less what address arithmetic and bank conflicts cost; fitted to measured tiles of Sapphire Rapids."""
 FMA_LATENCY = 4
+VECTOR_BYTES = 64
+L1_BYTES = 32 << 10
+L2_BYTES_PER_CYCLE = 28
 
 
 def match(workload: Workload) -> list[Decision] | None:
@@ -50,10 +55,11 @@ def match(workload: Workload) -> list[Decision] | None:
     found: list[tuple[float, Decision]] = []
     for columns in divisors(row, budget):
         for outs in divisors(out_blocks, 4):
-            if columns * outs + outs + 1 > budget:
+            scalars = columns if outs > 1 else columns // 2  # used once, a broadcast is an operand in memory
+            if columns * outs + scalars + outs > budget:
                 continue
             for order in ("weights", "data") if out_blocks // outs > 1 and positions // columns > 1 else ("weights",):
-                cost = _cycles(columns, outs, budget)
+                cost = _cycles(columns, outs, outs * ico * ici * kh * kw * workload.machine.lanes * 4)
                 if (order == "data") != (weights <= 1 << 19):
                     cost *= 1.01
                 found.append((cost, {"columns": columns, "outs": outs, "order": order}))
@@ -61,16 +67,16 @@ def match(workload: Workload) -> list[Decision] | None:
     return unique(decision for _, decision in found)
 
 
-def _cycles(columns: int, outs: int, registers: int) -> float:
-    """Cycles for one multiply-accumulate of a vector, averaged over the tile."""
+def _cycles(columns: int, outs: int, weight_bytes: int) -> float:
+    """Cycles for one multiply-accumulate of a vector, averaged over the tile.
+
+    `weight_bytes` is what one tile reads of the weight: past the first-level cache it streams from the second.
+    """
     accumulators = columns * outs
     arithmetic = accumulators / FMA_PER_CYCLE
     loads = (columns + outs) / LOADS_PER_CYCLE
-    cycles = max(arithmetic, loads, FMA_LATENCY) / accumulators
-    spare = registers - accumulators - outs - 1
-    if spare < registers // 8:
-        cycles *= 1.5  # the compiler keeps broadcasts in registers too, and would spill
-    return cycles * (1 + 0.2 / accumulators)
+    streaming = outs * VECTOR_BYTES / L2_BYTES_PER_CYCLE if weight_bytes > L1_BYTES else 0.0
+    return max(arithmetic, loads, streaming, FMA_LATENCY) / accumulators * (1 + 0.2 / accumulators)
 
 
 def apply(workload: Workload, decision: Decision):
