@@ -6,11 +6,27 @@ import numpy as np
 import onnx_ir as ir
 
 
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or a Constant node; None when the value is computed.
+
+    Unlike `onnx_ir.convenience.get_const_tensor` it never renames the tensor, which clones of a model share.
+    """
+    if value is None or value.const_value is not None:
+        return None if value is None else value.const_value
+    node = value.producer()
+    if node is None or not is_onnx(node, "Constant"):
+        return None
+    found = node.attributes.get("value")
+    if found is None:
+        return ir.convenience.get_const_tensor(value)  # value_int and the like: a tensor of its own
+    return None if found.is_ref() else found.as_tensor()
+
+
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
     """The array behind an initializer or a Constant node; None when it is computed or a caller may override it."""
     if value is None or value.is_graph_input():
         return None
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = tensor_of(value)
     return None if tensor is None else tensor.numpy()
 
 

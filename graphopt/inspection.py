@@ -160,28 +160,24 @@ def _type(node: ir.Node) -> str:
 
 def _layer(node: ir.Node, shapes: _Shapes) -> Layer:
     counter = _COUNTED.get(node.op_type)
-    constants = {id(v): v for v in node.inputs if v is not None and _tensor(v) is not None}.values()
+    constants = {id(v): v for v in node.inputs if v is not None and g.tensor_of(v) is not None}.values()
     sizes = [shapes.bytes_of(v) for v in node.outputs if v.name]
     return Layer(
         name=g.label(node),
         op=_type(node),
         output_shape=shapes.dims(node.outputs[0]) if node.outputs else None,
         macs=counter(node, shapes) if counter is not None else 0,
-        parameters=sum(math.prod(t.shape.numpy()) for v in constants if (t := _tensor(v)) is not None),
-        parameter_bytes=sum(t.nbytes for v in constants if (t := _tensor(v)) is not None),
+        parameters=sum(math.prod(t.shape.numpy()) for v in constants if (t := g.tensor_of(v)) is not None),
+        parameter_bytes=sum(t.nbytes for v in constants if (t := g.tensor_of(v)) is not None),
         activation_bytes=None if any(s is None for s in sizes) else sum(s for s in sizes if s is not None),
     )
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    return ir.convenience.get_const_tensor(value)
 
 
 def _parameters(model: ir.Model) -> tuple[int, int]:
     tensors = []
     for graph in (model.graph, *model.graph.subgraphs()):
         tensors += [v.const_value for v in graph.initializers.values() if v.const_value is not None]
-        tensors += [t for n in graph if n.op_type == "Constant" and (t := _tensor(n.outputs[0])) is not None]
+        tensors += [t for n in graph if n.op_type == "Constant" and (t := g.tensor_of(n.outputs[0])) is not None]
     return sum(math.prod(t.shape.numpy()) for t in tensors), sum(t.nbytes for t in tensors)
 
 
@@ -214,7 +210,7 @@ def _peak(model: ir.Model, shapes: _Shapes) -> tuple[int | None, str]:
         return size
 
     for value in model.graph.inputs:
-        if _tensor(value) is None:
+        if g.tensor_of(value) is None:
             size = take(value)
             if size is None:
                 return None, f"the shape of input {value.name!r} is not known; {_FIX}"

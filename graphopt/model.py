@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, nearest
+from graphopt.graph import tensor_of
 from graphopt.shapes.inferred import inferred_shapes
 from graphopt.shapes.onnx_inference import infer_shapes
 
@@ -144,7 +145,7 @@ def parameter_bytes(model: ir.Model) -> int:
     total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     for node in model.graph:
         if node.op_type == "Constant":
-            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            tensor = tensor_of(node.outputs[0])
             total += tensor.nbytes if tensor is not None else 0
     return total
 
@@ -168,6 +169,9 @@ def fix_inputs(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Mod
                 f"input {name!r} has rank {len(old)}, --input gives {len(shape)} dimensions",
                 hint=f"it is {_spec(value)}",
             )
+        for axis, want in enumerate(shape):
+            if want < 1:
+                raise ModelError(f"input {name!r}: dimension {axis} is {want}, it must be positive")
         for axis, (want, have) in enumerate(zip(shape, old if old is not None else (), strict=False)):
             if isinstance(have, int) and have != want:
                 raise ModelError(f"input {name!r}: dimension {axis} is fixed to {have}, --input gives {want}")
@@ -205,7 +209,7 @@ def _record_shapes(model: ir.Model) -> None:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    if value.dtype is None:
+    if value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise ModelError(f"{value.name!r} is not a tensor: sequence, map and optional inputs are not supported")
     dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
     return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()), dims)
@@ -226,4 +230,4 @@ def _check_external_data(model: ir.Model, file: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return " ".join(lines[:3])[:300] if lines else type(error).__name__

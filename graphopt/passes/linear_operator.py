@@ -43,7 +43,7 @@ class Linear:
 
     @property
     def dtype(self) -> ir.DataType:
-        tensor = ir.convenience.get_const_tensor(self.weight_value)
+        tensor = g.tensor_of(self.weight_value)
         assert tensor is not None
         return tensor.dtype
 

@@ -38,7 +38,7 @@ def lift_constants(model: ir.Model) -> int:
         if not g.is_onnx(node, "Constant") or node.outputs[0].is_graph_output():
             continue
         old = node.outputs[0]
-        tensor = ir.convenience.get_const_tensor(old)
+        tensor = g.tensor_of(old)
         if tensor is None or tensor.dtype == ir.DataType.STRING:  # None: sparse, or an argument of a function
             continue
         # A new tensor, since a clone of the model may share the old one, and naming it would name it there too.
@@ -147,6 +147,7 @@ def _become_initializer(graph: ir.Graph, old: ir.Value, tensor: ir.TensorProtoco
         name=old.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     old.replace_all_uses_with(new)
+    old.const_value = None  # or forgetting the name would take it from the tensor, which a clone may share
     old.name = None
     graph.register_initializer(new)
 
