@@ -1,7 +1,7 @@
 """Nodes that change nothing: `reduces_to(node, facts)` names the input that a node's only output equals.
 
-Every case holds for every input bit for bit, except that x + 0, x - 0, x * 1 and x / 1 are only taken where
-they are exact too (adding +0.0 would turn -0.0 into +0.0: numerically equal, and taken).
+Every case holds for every input bit for bit, with two exceptions that are taken: x + 0 turns -0.0 into +0.0, which
+its removal does not, and Relu of Sigmoid and the like may turn a NaN that came in into 0.
 """
 
 from __future__ import annotations
@@ -167,7 +167,10 @@ def _neutral(element: float, either_side: bool) -> Callable[[ir.Node, ShapeFacts
 
 
 def _idempotent(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
-    """f(f(x)) = f(x) for Relu, Abs, Ceil, Floor, Round, Sign; Relu after what is never negative."""
+    """f(f(x)) = f(x) for Relu, Abs, Ceil, Floor, Round, Sign; Relu after what is never negative.
+
+    Sqrt is not among the latter: it makes NaN of negative numbers, of which runtimes' Relu may make 0.
+    """
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     if producer is None or not g.is_onnx(producer):
@@ -175,7 +178,7 @@ def _idempotent(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
     if producer.op_type == node.op_type:
         return value
     if node.op_type == "Relu":
-        if producer.op_type in ("Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus"):
+        if producer.op_type in ("Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp", "Softplus"):
             return value
         if producer.op_type == "Clip":
             low = g.attribute(producer, "min", None)
