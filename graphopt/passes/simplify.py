@@ -32,9 +32,10 @@ Applies when: always; the signature (names, types, shapes, order of inputs and o
 Refuses when: a node carries a subgraph (If, Loop, Scan), is random, belongs to a domain other than ONNX's, handles
 sequences or optionals, or is a QuantizeLinear or DequantizeLinear: such nodes are left as they are, though what feeds
 them may be simplified. A node whose result is an output of the model and would become an input or a constant stays.
-Differences accepted: x + 0 turns -0.0 into +0.0, and Relu a NaN into 0, their removal does not; a tensor with no elements may be reshaped with
--1 where the original spelled a size; and a runtime may choose another kernel for a weight that has become a constant.
-onnxscript's optimizer drops an epsilon of 1e-9 added to a variance, which nothing here does: it is not exact.
+Differences accepted: x + 0 turns -0.0 into +0.0, and Relu a NaN into 0, which their removal does not; a tensor with no
+elements may be reshaped with -1 where the original spelled a size; and a runtime may choose another kernel for a weight
+that has become a constant. onnxscript's optimizer also drops an epsilon of 1e-9 added to a variance; nothing here does:
+that is not exact.
 Fidelity: EXACT.
 Reference: onnx-simplifier (github.com/daquexian/onnx-simplifier) for the idea of folding with the runtime's kernels.
 """
