@@ -12,7 +12,7 @@ import numpy as np
 from graphopt import calibration, samples
 from graphopt import model as models
 from graphopt.errors import ArtifactError, DataError, ModelError
-from graphopt.measure import Comparison, Contender, PairedResult, compare, compare_saved, race
+from graphopt.measure import Comparison, Contender, PairedResult, compare, compare_saved, race_afresh
 from graphopt.progress import Progress
 from graphopt.runtime.artifact import MODEL, is_artifact, load, read_manifest
 
@@ -31,7 +31,7 @@ def bench_models(
     """Race models that take the same inputs. Raises ModelError when they do not, ArtifactError for no artifact."""
     contenders = _contenders(paths)
     feeds = _feeds(paths, data, shapes, seed)
-    return race(contenders, feeds, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress)
+    return race_afresh(contenders, feeds, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress)
 
 
 def compare_paths(
@@ -47,7 +47,8 @@ def compare_paths(
     """Two models side by side, or two saved `latency.json`. Raises DataError for one of each."""
     saved = [path.endswith(".json") for path in (base, new)]
     if all(saved):
-        return compare_saved(_read_saved(base), _read_saved(new), max_regression=max_regression)
+        (before, delivered), (after, delivered_now) = _read_saved(base), _read_saved(new)
+        return compare_saved(before, after, max_regression=max_regression, base_name=delivered, new_name=delivered_now)
     if any(saved):
         raise DataError(
             "saved figures can only be compared with saved figures", hint="give two models, or two latency.json files"
@@ -108,11 +109,12 @@ def _feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) ->
     return samples.random_feeds(first, seed)
 
 
-def _read_saved(path: str) -> PairedResult:
+def _read_saved(path: str) -> tuple[PairedResult, str | None]:
+    """Saved figures, and which contender an artifact's are about."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    return PairedResult.from_dict(content)
+    return PairedResult.from_dict(content), content.get("delivered") if isinstance(content, dict) else None

@@ -110,7 +110,16 @@ def run(
             chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
         if stage is not None:
             with _timed(report, "write"):
-                write_artifact(stage, chosen, source, data.samples[0], settings, target, report, race.to_dict())
+                write_artifact(
+                    stage,
+                    chosen,
+                    source,
+                    data.samples[0],
+                    settings,
+                    target,
+                    report,
+                    {**race.to_dict(), "delivered": chosen.name},
+                )
     return Result(report, None if settings.output is None else Path(settings.output))
 
 

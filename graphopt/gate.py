@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.candidates import INPUT, Candidate
-from graphopt.measure import Contender, PairedResult, race
+from graphopt.measure import Contender, PairedResult, race_afresh
 from graphopt.progress import Progress
 from graphopt.report import Choice
 from graphopt.verify import Feeds
@@ -23,7 +23,7 @@ def time_candidates(
     """Race all measurable candidates; returns them with latency and speed-up against the input model filled in."""
     racing = [c for c in candidates if c.record.status == "measured"]
     contenders = [_contender(c) for c in racing]
-    result = race(contenders, sample, threads=threads, seconds=seconds, seed=seed, progress=progress)
+    result = race_afresh(contenders, sample, threads=threads, seconds=seconds, seed=seed, progress=progress)
     timed = []
     for candidate in candidates:
         record = candidate.record

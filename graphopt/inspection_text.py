@@ -46,11 +46,8 @@ def inspection_table(found: Sequence[Inspection], names: Sequence[str]) -> Table
 def layer_table(found: Inspection) -> Table:
     """A row for each node of the main graph."""
     table = Table(title="Layers", title_justify="left", title_style="bold")
-    for heading, justify in (
-        ("node", "left"), ("operator", "left"), ("output", "right"), ("MACs", "right"), ("parameters", "right"),
-        ("activations", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, overflow="fold")
+    for heading in ("node", "operator", "output", "MACs", "parameters", "activations"):
+        table.add_column(heading, justify="left" if heading in ("node", "operator") else "right", overflow="fold")
     for layer in found.layers:
         shape = (
             "?" if layer.output_shape is None else "x".join("?" if d is None else str(d) for d in layer.output_shape)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -78,7 +79,7 @@ class Pipeline:
             if not hasattr(each, "exclude") or not nodes:
                 return each
             together = dict.fromkeys((*getattr(each, "exclude"), *nodes))  # noqa: B009 - an option of some passes
-            return dataclasses.replace(each, exclude=tuple(together))  # pyright: ignore[reportCallIssue]
+            return dataclasses.replace(each, exclude=tuple(together))  # pyright: ignore[reportCallIssue,reportArgumentType]
 
         return Pipeline(tuple(leave_out(p) for p in self.passes))
 
@@ -88,18 +89,20 @@ class Pipeline:
         context: Context,
         reference: Reference | None = None,
         on_pass: Callable[[PassRecord], None] | None = None,
+        observations: Observations | None = None,
     ) -> tuple[ir.Model, tuple[PassRecord, ...]]:
         """Run every pass on a copy of `model`, checking structure and, with a `reference`, numbers after each.
 
         Raises PassError, VerificationError; DataError when a pass needs calibration data and there is none.
         """
+        observations = observations or Observations()
         expected = models.signature(model)
         model = model.clone()
         records: list[PassRecord] = []
         exact_so_far = Fidelity.EXACT
         for each in self.passes:
             exact_so_far = max(exact_so_far, each.fidelity)
-            model, record = _run_pass(each, model, context, expected, reference, exact_so_far)
+            model, record = _run_pass(each, model, context, expected, reference, exact_so_far, observations)
             records.append(record)
             if on_pass is not None:
                 on_pass(record)
@@ -113,10 +116,11 @@ def _run_pass(
     expected: models.Signature,
     reference: Reference | None,
     fidelity: Fidelity,
+    observations: Observations,
 ) -> tuple[ir.Model, PassRecord]:
     started = time.perf_counter()
     nodes, operators, size = count_nodes(model), count_operators(model), models.parameter_bytes(model)
-    context = dataclasses.replace(context, statistics=_observe(each, model, context))
+    context = dataclasses.replace(context, statistics=observations.observe(each, model, context))
     try:
         result = each.run(model, context)
     except GraphoptError:
@@ -144,19 +148,30 @@ def _run_pass(
     )
 
 
-def _observe(each: Pass, model: ir.Model, context: Context):
-    names = each.observes(model)
-    if not names:
-        return {}
-    if context.data is None:
-        raise DataError(
-            f"pass {each.name} needs calibration data",
-            hint="give --calib DATA (an .npz, or a folder of pictures with --preprocess), "
-            "or --calib random to try it without (accuracy then means nothing)",
-        )
-    from graphopt.calibration import collect_statistics
+class Observations:
+    """Calibration statistics, collected once for each model however often a pipeline runs on it."""
 
-    return collect_statistics(model, names, context.data, progress=context.progress)
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def observe(self, each: Pass, model: ir.Model, context: Context) -> Mapping[str, Any]:
+        """Statistics of the values that a pass observes. Raises DataError: there is no calibration data."""
+        names = each.observes(model)
+        if not names:
+            return {}
+        if context.data is None:
+            raise DataError(
+                f"pass {each.name} needs calibration data",
+                hint="give --calib DATA (an .npz, or a folder of pictures with --preprocess), "
+                "or --calib random to try it without (accuracy then means nothing)",
+            )
+        from graphopt.calibration import collect_statistics
+
+        known = self._known.setdefault(models.digest(model), {})
+        missing = tuple(name for name in names if name not in known)
+        if missing:
+            known.update(collect_statistics(model, missing, context.data, progress=context.progress))
+        return known
 
 
 def count_nodes(model: ir.Model) -> int:

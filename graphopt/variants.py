@@ -12,11 +12,11 @@ import onnx_ir as ir
 from graphopt import model as models
 from graphopt.accuracy import Accuracy, drop_in_points, evaluate
 from graphopt.calibration import Dataset
-from graphopt.errors import AccuracyError
 from graphopt.layer_noise import layer_snr_db
 from graphopt.passes.base import Context, Fidelity
-from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
+from graphopt.pipeline import Observations, PassRecord, Pipeline, count_nodes, count_operators
 from graphopt.progress import Progress
+from graphopt.recovery import Recovery, Returned, quantized_layers, rank_layers, recover
 from graphopt.report import VariantRecord
 from graphopt.verify import Feeds, OutputError, Reference
 
@@ -66,8 +66,12 @@ class Bound:
             return max(0.0, self.min_snr - after.value)
         return drop_in_points(before, after)
 
+    def limit(self, metric: str) -> float:
+        """The largest `drop` that is within the bound."""
+        return 0.0 if metric == "snr" else self.max_drop
+
     def met(self, drop: float, metric: str) -> bool:
-        return drop <= (0.0 if metric == "snr" else self.max_drop) + 1e-9
+        return drop <= self.limit(metric) + 1e-9
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def make_variants(
 ) -> list[Variant]:
     """`exact` after the passes before the first lossy one, then `final` after all, when there are lossy ones.
 
-    Raises AccuracyError never: a final variant outside the bound is returned, marked so.
+    A final variant outside the bound is returned too, marked so.
     """
     exact_part, lossy_part = pipeline.split()
     exact_model, records = exact_part.run(source.model, context, reference, on_pass)
@@ -119,16 +123,6 @@ def make_variants(
     if not lossy_part.passes:
         return [exact]
     return [exact, _final_variant(exact, pipeline, lossy_part, data, judge, context, reference, work, on_pass)]
-
-
-def require_bound(variants: Sequence[Variant], settings_bound: Bound) -> None:
-    """Raises AccuracyError when the last variant missed the bound."""
-    last = variants[-1].record
-    if not last.within_bound:
-        raise AccuracyError(
-            f"the best {last.pipeline} loses {last.drop:.2f} points, --max-drop allows {settings_bound.max_drop:g}",
-            hint="allow more, leave nodes out with quantize-int8{exclude=[...]}, or give more calibration data",
-        )
 
 
 def _exact_variant(
@@ -164,7 +158,8 @@ def _final_variant(
     work: Path,
     on_pass: Callable[[PassRecord], None],
 ) -> Variant:
-    model, records = lossy_part.run(exact.model, context, reference, on_pass)
+    observations = Observations()
+    model, records = lossy_part.run(exact.model, context, reference, on_pass, observations)
     file = work / "final.onnx"
     models.save(model, file)
     accuracy = judge.accuracy(file)
@@ -172,13 +167,11 @@ def _final_variant(
     within, returned = True, ()
     if accuracy is not None and drop is not None and not judge.bound.met(drop, accuracy.metric):
 
-        from graphopt.recovery import recover
-
         def rebuild(excluded: tuple[str, ...]) -> ir.Model:
-            return lossy_part.excluding(excluded).run(exact.model, context)[0]
+            return lossy_part.excluding(excluded).run(exact.model, context, observations=observations)[0]
 
-        found = recover(rebuild, exact.model, model, judge, data.calibration, context.progress)
-        model, drop, within, returned = found.model, found.drop, found.met, found.excluded
+        found = _recover(rebuild, exact.model, model, data.calibration, judge, accuracy.metric, context)
+        model, drop, within, returned = found.model, found.drop, found.met, found.nodes
         pipeline, lossy_part = pipeline.excluding(returned), lossy_part.excluding(returned)
         models.save(model, file)
         accuracy = judge.accuracy(file)
@@ -198,6 +191,29 @@ def _final_variant(
         layer_snr_db=layer_snr_db(exact.model, model, data.samples, work),
     )
     return Variant(model, file, record, Fidelity.LOSSY)
+
+
+def _recover(
+    rebuild: Callable[[tuple[str, ...]], ir.Model],
+    exact: ir.Model,
+    quantized: ir.Model,
+    calibration: Dataset | None,
+    judge: Judge,
+    metric: str,
+    context: Context,
+) -> Recovery:
+    """Layers back to float, most harmful first, until the bound holds."""
+
+    def drop_of(model: ir.Model) -> float:
+        accuracy = judge.accuracy(models.to_bytes(model))
+        return 0.0 if accuracy is None else judge.drop(accuracy)
+
+    ranked: tuple[Returned, ...] = ()
+    if calibration is not None:
+        ranked = rank_layers(
+            rebuild, quantized_layers(quantized), exact, calibration, seed=context.seed, progress=context.progress
+        )
+    return recover(rebuild, ranked, drop_of, judge.bound.limit(metric), context.progress)
 
 
 def _last_errors(records: Sequence[PassRecord]) -> tuple[OutputError, ...]:

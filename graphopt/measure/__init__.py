@@ -3,7 +3,7 @@
 from graphopt.measure.comparison import Comparison, compare, compare_saved
 from graphopt.measure.contenders import Contender
 from graphopt.measure.environment import Environment, environment, fingerprint
-from graphopt.measure.paired import PairedResult, race
+from graphopt.measure.paired import PairedResult, race, race_afresh
 from graphopt.measure.stats import LatencyStats, Ratio
 from graphopt.measure.verdict import Judgement, Verdict
 
@@ -21,4 +21,5 @@ __all__ = [
     "environment",
     "fingerprint",
     "race",
+    "race_afresh",
 ]

@@ -142,6 +142,34 @@ def race(
         return PairedResult(bursts, threads, seed, environment(threads), dict(lineup.failed))
 
 
+def race_afresh(
+    contenders: Sequence[Contender],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    threads: int = 1,
+    seconds: float,
+    seed: int = 0,
+    progress: Progress = SILENT,
+    sessions: int = 3,
+) -> PairedResult:
+    """`race` several times with new processes each, `seconds` in all: one result of all rounds.
+
+    Where its memory happens to lie can make a process a few per cent faster or slower than another of the same
+    program for as long as it lives; new processes draw anew. A contender that failed once is left out.
+    """
+    runs = [
+        race(contenders, feeds, threads=threads, seconds=seconds / sessions, seed=seed + number, progress=progress)
+        for number in range(sessions)
+    ]
+    failed = {name: why for run in runs for name, why in run.failed.items()}
+    bursts = {
+        name: tuple(burst for run in runs for burst in run.bursts[name]) for name in runs[0].names if name not in failed
+    }
+    if not bursts:
+        raise MeasurementError("; ".join(failed.values()))
+    return PairedResult(bursts, threads, seed, runs[0].environment, failed)
+
+
 def turns(lineup: Lineup, seed: int) -> Iterator[dict[str, Burst]]:
     """Rounds without end: a burst of every contender, in a new random order each; none when all have failed."""
     shuffle = random.Random(seed)
