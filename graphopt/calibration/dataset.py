@@ -188,11 +188,12 @@ class _Arrays:
 
 def _load_arrays(file: Path, signature: Signature) -> Dataset:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{file} is a single array, not an .npz", hint="save it with numpy.savez(file, name=x)")
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{file} is a single array, not an .npz", hint="save it with numpy.savez(file, name=x)")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot read {file} as .npz: {text}", hint="arrays of plain numbers only") from error
     labels = arrays.pop("labels", None) if all(spec.name != "labels" for spec in signature.inputs) else None

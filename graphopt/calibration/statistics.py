@@ -217,6 +217,8 @@ class Observer:
         self.zeros += zeros
         if self.reach == 0.0:
             return
+        if self.reach < 2.0**-100:
+            flat = flat.astype(np.float64)  # the factor would overflow float32
         factor = flat.dtype.type(BINS / 2 / self.reach)  # powers of two: this product is exact
         for start in range(0, flat.size, CHUNK):  # in cache-sized pieces
             scaled = flat[start : start + CHUNK] * factor

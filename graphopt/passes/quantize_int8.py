@@ -34,11 +34,13 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from graphopt.calibration.statistics import Method
 from graphopt.errors import PassError, nearest
 from graphopt.graph import label, remove_unused_initializers
+from graphopt.model import PROTOBUF_LIMIT_BYTES, parameter_bytes
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.quantization.insert import Inserter
 from graphopt.passes.quantization.opset import raise_opset
@@ -76,6 +78,7 @@ class QuantizeInt8(Pass):
         raised = raise_opset(model)
         if isinstance(raised, str):
             return PassResult(model, 0, (Skip("model", raised),))
+        raised = _with_shapes(raised)
         placement = self._place(raised)
         missing = [n for n in self.observes(raised) if n not in context.statistics]
         if missing:
@@ -112,3 +115,11 @@ class QuantizeInt8(Pass):
                     hint=f"did you mean {near!r}?" if near else "`graphopt inspect` lists the nodes",
                 )
         return place(model.graph, self.exclude, self.exclude_types)
+
+
+def _with_shapes(model: ir.Model) -> ir.Model:
+    """The model with the shapes of inner values, which layers left float between 8-bit ones need."""
+    known = all(value.shape is not None for node in model.graph for value in node.outputs)
+    if known or parameter_bytes(model) > PROTOBUF_LIMIT_BYTES // 2:
+        return model
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
