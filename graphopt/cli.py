@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect as introspect
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ def main() -> None:
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     if not verbose:  # libraries log what becomes our one line of error anyway
         logging.getLogger().addHandler(logging.NullHandler())
+    interrupts = _count_interrupts()
     try:
         code = group.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -43,22 +45,34 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except errors.GraphoptError as error:
-        if verbose:
-            traceback.print_exc()
-        complain(f"error: {error}")
-        code = error.exit_code
-    except BrokenPipeError:
-        code = errors.EXIT_FAILURE
-    except MemoryError:
-        complain("error: out of memory; use fewer --calib-samples, or a machine with more memory")
-        code = errors.EXIT_FAILURE
     except Exception as error:  # noqa: BLE001 - the last resort: a bug must be one line too, -v has the rest
         if verbose:
             traceback.print_exc()
-        complain(f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}; -v shows where")
-        code = errors.EXIT_FAILURE
+        code = _interrupted() if interrupts else _failed(error)
     sys.exit(code or 0)
+
+
+def _count_interrupts() -> list[int]:
+    """Grows with every Ctrl-C: a KeyboardInterrupt raised within a library's callback may come out as another error."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    return received
+
+
+def _failed(error: Exception) -> int:
+    if isinstance(error, errors.GraphoptError):
+        complain(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, MemoryError):
+        complain("error: out of memory; use fewer --calib-samples, or a machine with more memory")
+    elif not isinstance(error, BrokenPipeError):
+        complain(f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}; -v shows where")
+    return errors.EXIT_FAILURE
 
 
 def _interrupted() -> int:
