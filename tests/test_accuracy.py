@@ -25,8 +25,10 @@ def make(tmp_path):
     def write(signature: Signature, count: int = 37, labelled: bool = True) -> tuple[Dataset, np.ndarray]:
         rng = np.random.default_rng(0)
         x = rng.standard_normal((count, 4)).astype(np.float32)
-        labels = {"labels": rng.integers(0, 4, count)} if labelled else {}
-        np.savez(tmp_path / "data.npz", x=x, **labels)
+        if labelled:
+            np.savez(tmp_path / "data.npz", x=x, labels=rng.integers(0, 4, count))
+        else:
+            np.savez(tmp_path / "data.npz", x=x)
         return load_dataset(tmp_path / "data.npz", signature), x
 
     return write
@@ -52,7 +54,7 @@ def test_agreement_without_labels(make, batch):
     other = lambda feeds: {"y": feeds["x"] * np.array([1, 1, 1, -1], np.float32)}  # noqa: E731
     found = evaluate(other, data, signature=signature, reference=identity)
     expected = 100 * np.mean(x.argmax(1) == (x * [1, 1, 1, -1]).argmax(1))
-    assert found == Accuracy("agreement", pytest.approx(expected), 37)
+    assert found.metric == "agreement" and found.count == 37 and found.value == pytest.approx(expected)
     assert drop_in_points(None, found) == pytest.approx(100 - expected)
 
 

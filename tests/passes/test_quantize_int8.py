@@ -16,6 +16,7 @@ from graphopt import model as models
 from graphopt.calibration import Dataset, collect_statistics, random_dataset
 from graphopt.capabilities import x86_for_mcpu
 from graphopt.errors import PassError
+from graphopt.graph import constant_of
 from graphopt.passes.base import Context, Fidelity, PassResult
 from graphopt.passes.quantization.ranges import encode_range
 from graphopt.passes.quantization.weights import round_bias, round_weights, weight_scales
@@ -39,6 +40,18 @@ def build(text: str, seed: int = 0, **shapes: tuple[int, ...]) -> ir.Model:
         node.name = node.name or f"{node.op_type.lower()}_{index}"
     onnx.checker.check_model(proto, full_check=True)
     return ir.from_proto(proto)
+
+
+def array_of(value: ir.Value | None) -> np.ndarray:
+    """The array of an initializer."""
+    found = constant_of(value)
+    assert found is not None
+    return found
+
+
+def quantizers(model: ir.Model) -> dict[str, ir.Node]:
+    """QuantizeLinear nodes by the name of the value they quantize."""
+    return {str(n.inputs[0].name): n for n in model.graph if n.op_type == "QuantizeLinear" and n.inputs[0] is not None}
 
 
 def quantize(
@@ -127,10 +140,10 @@ def test_openvino_takes_it_and_agrees():
 
 def test_values_that_share_a_scale_and_the_clip_that_saturation_replaces():
     quantized = quantize(residual()).model
-    pairs = {n.inputs[0].name: n.inputs[1:] for n in quantized.graph if n.op_type == "QuantizeLinear"}
+    pairs = {name: node.inputs[1:] for name, node in quantizers(quantized).items()}
 
     def encoding(name):
-        scale, zero = (v.const_value.numpy() for v in pairs[name])
+        scale, zero = (array_of(v) for v in pairs[name])
         return float(scale), int(zero)
 
     assert encoding("ru") == encoding("rv") == encoding("j") == encoding("m")
@@ -147,8 +160,8 @@ def test_relu6_never_reaches_beyond_six(tmp_path):
     data = random_dataset(models.signature(model), 4, 0)
     loud = Dataset(_Loud(data, 30.0), models.signature(model), source="loud")
     result = quantize(model, data=loud)
-    scale = next(n for n in result.model.graph if n.op_type == "QuantizeLinear" and n.inputs[0].name == "k").inputs[1]
-    assert np.float32(scale.const_value.numpy()) * np.float32(255) <= np.float32(6)
+    scale = array_of(quantizers(result.model)["k"].inputs[1])
+    assert np.float32(scale) * np.float32(255) <= np.float32(6)
     assert engine_operators(result.model, tmp_path)["Clip"] == 0
 
 
@@ -166,7 +179,7 @@ def test_integers_are_those_of_the_equation():
         "(float[1,3,6,6] x) => (float[1,4,6,6] y) { y = Conv<pads=[1,1,1,1]>(x, w, b) }", w=(4, 3, 3, 3), b=(4,)
     )
     quantized = quantize(model).model
-    stored = {n: v.const_value.numpy() for n, v in quantized.graph.initializers.items()}
+    stored = {n: array_of(v) for n, v in quantized.graph.initializers.items()}
     feeds = oracle.random_feeds(model, {}, 3)
     x_scale, x_zero = stored["x_scale"], int(stored["x_zero_point"])
     x = np.clip(np.rint(feeds["x"] / x_scale) + x_zero, 0, 255).astype(np.int64) - x_zero
@@ -269,12 +282,13 @@ def test_patches_are_what_the_convolution_multiplies(attributes):
     from graphopt.progress import SILENT
 
     moments = collect_moments(model, [layer], data, 0, SILENT)[layer]
-    weights = layer.node.inputs[1].const_value.numpy().reshape(groups, 6 // groups, -1)
+    weights = array_of(layer.node.inputs[1]).reshape(groups, 6 // groups, -1)
     (outputs,) = collect_statistics(model, ("y",), data).values()
     assert outputs.channel_mean is not None
     means = np.einsum("grt,gt->gr", weights, moments.mean).reshape(-1)
     np.testing.assert_allclose(means, outputs.channel_mean, atol=1e-5)
     y = np.concatenate([oracle.run(model, feeds)[0] for feeds in data.batches(6)])
+    assert moments.covariance is not None
     variance = np.einsum("grt,gtu,gru->gr", weights, moments.covariance, weights).reshape(-1)
     np.testing.assert_allclose(variance, y.var(axis=(0, 2, 3)), rtol=1e-4)
 
@@ -286,11 +300,11 @@ def test_dead_channels_zero_ranges_and_tiny_weights_run():
     )  # fmt: skip
     for name, value in (("w1", 0.0), ("b1", -1.0), ("w2", 1e-30)):  # r is all zero, w2 next to denormal
         tensor = model.graph.initializers[name]
-        tensor.const_value = ir.Tensor(np.full_like(tensor.const_value.numpy(), value), name=name)
+        tensor.const_value = ir.Tensor(np.full_like(array_of(tensor), value), name=name)
     result = quantize(model)
     for name, value in result.model.graph.initializers.items():
         if name.endswith("_scale"):
-            assert (value.const_value.numpy() >= np.finfo(np.float32).tiny).all(), name
+            assert (array_of(value) >= np.finfo(np.float32).tiny).all(), name
     feeds = oracle.random_feeds(model, {}, 0)
     wanted, got = oracle.run(model, feeds)[0], oracle.run(result.model, feeds)[0]
     assert np.abs(wanted - got).max() <= np.abs(wanted).max() / 100
@@ -299,8 +313,8 @@ def test_dead_channels_zero_ranges_and_tiny_weights_run():
 def test_u8_s8_and_reduced_range_follow_the_capabilities():
     def kinds(**options):
         model = quantize(residual(), **options).model
-        zero = next(n for n in model.graph if n.op_type == "QuantizeLinear").inputs[2].const_value.numpy()
-        weights = max(np.abs(v.const_value.numpy().astype(int)).max() for n, v in model.graph.initializers.items()
+        zero = array_of(quantizers(model)["x"].inputs[2])
+        weights = max(np.abs(array_of(v).astype(int)).max() for n, v in model.graph.initializers.items()
                       if n.startswith("w") and n.endswith("_quantized"))  # fmt: skip
         return zero.dtype.name, int(weights)
 
@@ -325,7 +339,7 @@ def test_a_layer_left_out_stays_float_in_onnx_runtime(tmp_path):
         w1=(8, 3, 1, 1), w2=(8, 1, 1, 1), b2=(8,), w3=(4, 8, 1, 1),
     )  # fmt: skip
     tensor = model.graph.initializers["w2"]
-    uneven = tensor.const_value.numpy() * np.logspace(-4, 0, 8, dtype=np.float32).reshape(8, 1, 1, 1)
+    uneven = array_of(tensor) * np.logspace(-4, 0, 8, dtype=np.float32).reshape(8, 1, 1, 1)
     tensor.const_value = ir.Tensor(uneven, name="w2")
     result = quantize(model, exclude=("conv_3",))
     assert [s.node for s in result.skipped] == ["conv_3"] and "excluded" in result.skipped[0].reason
@@ -336,7 +350,7 @@ def test_a_layer_left_out_stays_float_in_onnx_runtime(tmp_path):
     feeds = oracle.random_feeds(model, {}, 5)
     session = onnxruntime.InferenceSession(models.to_bytes(result.model), providers=["CPUExecutionProvider"])
     fast, plain = session.run(None, feeds)[0], oracle.run(result.model, feeds)[0]
-    scale = result.model.graph.initializers["y_scale"].const_value.numpy()
+    scale = array_of(result.model.graph.initializers["y_scale"])
     assert np.abs(fast - plain).max() <= 2 * scale
 
 
