@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from graphopt.targets import schedules
 from graphopt.targets.relax import pipeline
+from graphopt.targets.schedules.workload import Workload
 from tests.targets.oracle import TARGET, agree, compiled, model, node, reference, uniform
 
 
@@ -18,7 +20,7 @@ def test_quantize_rounds_half_to_even_and_saturates(dtype, zero):
     agree(model(nodes, {"x": x}, ["q", "y"], constants), {"x": x}, 0)
 
 
-def _island(activation: type, zero: int):
+def _island(activation: type, zero: int, opset: int = 13):
     """Q -> DQ -> Conv (per-channel int8 weight, int32 bias) -> Relu -> Q -> DQ -> Conv -> Q -> DQ."""
     rng = np.random.default_rng(5)
     x = uniform(1, 1, 3, 10, 10)
@@ -45,7 +47,7 @@ def _island(activation: type, zero: int):
         node("QuantizeLinear", ["e", "ys", "yz"], ["yq"]),
         node("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
     ]
-    return model(nodes, {"x": x}, ["y"], constants), {"x": x}
+    return model(nodes, {"x": x}, ["y"], constants, opset), {"x": x}
 
 
 @pytest.mark.parametrize(("activation", "zero"), [(np.uint8, 120), (np.int8, 0), (np.int8, 7)])
@@ -58,10 +60,34 @@ def test_island(activation, zero):
     assert np.mean(levels > 0.5) <= 0.01
 
 
-def test_island_leaves_no_kernels_between_convolutions():
-    made, _ = _island(np.uint8, 120)
-    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
-    assert len([n for n in names if "conv2d" in n]) == 2
-    first = next(n for n in names if "conv2d" in n and "relu" in n)
-    assert "quantize" in first
-    assert "dequantize" in first
+@pytest.mark.parametrize("opset", [13, 17, 19, 21])
+def test_island_leaves_no_kernels_between_convolutions(opset):
+    """Weights fold to floats at every opset, so both convolutions take the blocked template, Q and DQ inside."""
+    made, feeds = _island(np.uint8, 120, opset)
+    kernels = pipeline.prim_funcs(TARGET.lower(made).module)
+    chosen = {
+        name: schedules.choose(Workload(func.with_attr("global_symbol", "main"), TARGET.machine()))[0].NAME
+        for name, func in kernels.items()
+    }
+    convolutions = [name for name, template in chosen.items() if template == "conv2d_blocked"]
+    assert len(convolutions) == 2
+    assert all("quantize" in name and "dequantize" in name for name in convolutions)
+    others = set(chosen) - set(convolutions)  # the input's own Q and DQ, and the way back to NCHW
+    assert len(others) == 2, others
+    assert np.isfinite(compiled(made, feeds)["y"]).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_constants_fold_as_onnx_runtime_computes(axis):
+    rng = np.random.default_rng(3)
+    data = rng.integers(-128, 128, (4, 4)).astype(np.int8)
+    scale, zero = (uniform(1, 4) + 2).astype(np.float32), rng.integers(-9, 9, 4).astype(np.int8)
+    floats = 90 * uniform(2, 4, 4)
+    x = uniform(4, 4, 4)
+    nodes = [
+        node("DequantizeLinear", ["d", "s", "z"], ["w"], axis=axis),
+        node("QuantizeLinear", ["f", "s", "z"], ["q"], axis=axis),
+        node("Add", ["x", "w"], ["y"]),
+    ]
+    made = model(nodes, {"x": x}, ["y", "q"], {"d": data, "s": scale, "z": zero, "f": floats}, 13)
+    agree(made, {"x": x}, 0)

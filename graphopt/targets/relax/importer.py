@@ -23,19 +23,12 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
+from graphopt.targets.relax import constants
 from graphopt.targets.relax.operators import EMITTERS, Node
 from graphopt.targets.relax.values import Builder, Value
 
-FOLD_LIMIT = 1 << 24
-"""Elements: a constant larger than this is computed at run time rather than stored."""
-
-_GROWING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike"})
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 _DTYPES = frozenset(
     ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 )
@@ -127,29 +120,13 @@ class _Importer:
                 return [_constant(np.asarray(whole.prod(), np.int64))]
             bounds = {a.name: a.i for a in node.attribute}
             return [_constant(whole[bounds.get("start", 0) : bounds.get("end", len(whole))])]
-        if any(v is not None and v.const is None for v in inputs) or node.op_type in _RANDOM:
+        if any(v is not None and v.const is None for v in inputs):
             return None
-        if node.op_type in _GROWING and any(
-            v is not None and v.const is not None and v.const.dtype == np.int64 and np.prod(v.const) > FOLD_LIMIT
-            for v in inputs
-        ):
+        found = constants.fold(node, [None if v is None else v.const for v in inputs], self.opset)
+        if found is None:
             return None
-        names = [n for n in node.input if n]
-        arrays = {n: v.const for n, v in zip(node.input, inputs, strict=True) if v is not None}
-        infos = [
-            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-            for n, a in arrays.items()
-            if a is not None
-        ]
-        outputs = [onnx.helper.make_empty_tensor_value_info(n) for n in node.output if n]
-        graph = onnx.helper.make_graph([node], "fold", infos, outputs)
-        opsets = [onnx.helper.make_opsetid("", self.opset)]
-        try:
-            evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
-            found = iter(evaluator.run(None, {n: arrays[n] for n in names}))
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError, AttributeError):
-            return None  # the reference implementation lacks it or refuses it: leave it to the next way
-        return [_constant(np.asarray(next(found))) if n else Value(None, "float32") for n in node.output]
+        arrays = iter(found)
+        return [_constant(next(arrays)) if name else Value(None, "float32") for name in node.output]
 
     def _emitted(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
         emitter = EMITTERS.get(node.op_type)
