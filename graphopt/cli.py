@@ -326,7 +326,11 @@ def list_passes() -> int:
     for heading in ("pass", "fidelity", "what it does", "options (default)"):
         table.add_column(heading, overflow="fold")
     for name in plugins.pass_names():
-        each = plugins.pass_class(name)
+        try:
+            each = plugins.pass_class(name)
+        except errors.SpecError as error:  # a broken plugin must not hide the others
+            table.add_row(name, "?", Text(str(error), style="red"), "")
+            continue
         table.add_row(name, each.fidelity.name.lower(), _summary(each), Text(_options(each)))
     STDOUT.print(table)
     presets = Table(title="Presets", title_justify="left", title_style="bold", show_header=False)
