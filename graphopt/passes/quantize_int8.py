@@ -9,8 +9,8 @@ Equation
 Applies when
     1. Conv with constant float32 weights (any rank, stride, dilation, group): input, weights, bias and output are
        quantized; a Relu or Clip that alone reads it is part of it, and its clip is done by saturation.
-    2. Gemm and MatMul with a constant float32 matrix on the right: as 1, with the output left float unless another
-       quantized layer follows (so logits keep their precision).
+    2. Gemm and MatMul with a constant float32 matrix on the right (and the constant an Add puts behind a MatMul, as
+       its bias): as 1, with the output left float unless another quantized layer follows (so logits keep precision).
     3. Add, Mul, AveragePool, GlobalAveragePool, LeakyRelu, Sigmoid, Concat between quantized values that lead to
        another layer: stay in 8 bits with scales of their own. A Concat and the inputs only it reads share one scale.
     4. MaxPool, Reshape, Flatten, Transpose, Squeeze, Unsqueeze, Slice, Gather, Expand, Split, DepthToSpace,
@@ -21,10 +21,22 @@ Refuses when
     excluded; ConvTranspose and recurrent layers (no 8-bit kernel in ONNX Runtime); the opset is older than 13 and
     cannot be raised.
 
+Defaults
+    Measured on seven trained classifiers and three draws of the calibration data. Ranges: `percentile` at 99.999 loses
+    least top-1 throughout; `mse` leaves about as little noise; minmax and entropy are each far worse on one of them.
+    Weights: `compensated` rounding gains 3 to 6 dB over `nearest` where weights are what hurts.
+
+Layers left float
+    A value that integer arithmetic makes is only there in 8 bits, so a float layer reads it dequantized. ONNX Runtime
+    quantizes such a layer by itself, one scale for all its weights, when it sees a per-tensor DequantizeLinear before
+    and a QuantizeLinear behind; it is given a DequantizeLinear with one (equal) scale a channel, which stops that.
+
 Fidelity
     LOSSY.
 
 Reference
+    Frantar et al., "Optimal Brain Compression", NeurIPS 2022 (compensated rounding); Nagel et al., "Data-Free
+    Quantization Through Weight Equalization and Bias Correction", ICCV 2019 (the bias takes back the mean error);
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
     CVPR 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018 (a channel).
 """
@@ -54,9 +66,9 @@ class QuantizeInt8(Pass):
 
     fidelity = Fidelity.LOSSY
 
-    calibration: Method = "minmax"
+    calibration: Method = "percentile"
     """How activation ranges are chosen."""
-    percentile: float = 99.99
+    percentile: float = 99.999
     """For calibration=percentile: the share of values kept at each end, in percent."""
     activations: Literal["auto", "uint8", "int8"] = "auto"
     """Type of activations; auto: what the target's dot instruction multiplies."""

@@ -384,6 +384,19 @@ def test_gemm_and_matmul_fold_their_factors():
     assert result.applied == 3 and snr_db(model, result.model) > 25
 
 
+@pytest.mark.parametrize("shape", ["N,6", "N,4,6"])
+def test_matmul_and_add_become_one_integer_gemm(shape, tmp_path):
+    nodes = "m = MatMul(x, w1)  a = Add(b1, m)  r = Relu(a)  n = MatMul(r, w2)  y = Add(n, b2)"
+    text = f"(float[{shape}] x) => (float[{shape.replace('6', '3')}] y) {{ {nodes} }}"
+    model = build(text, w1=(6, 12), b1=(12,), w2=(12, 3), b2=(3,))
+    result = quantize(model, samples=100)
+    stored = result.model.graph.initializers
+    assert array_of(stored["b1_quantized"]).dtype == np.int32 and "a" not in quantizers(result.model)
+    assert snr_db(model, result.model) > 25
+    operators = engine_operators(result.model, tmp_path)
+    assert operators["Gemm"] == operators["MatMul"] == 0, operators
+
+
 def test_the_opset_is_raised_or_the_model_is_left_alone():
     old = build("(float[1,3,6,6] x) => (float[1,108] y) { a = Conv(x, w)  y = Flatten(a) }", w=(3, 3, 1, 1))
     proto = ir.to_proto(old)

@@ -127,14 +127,15 @@ class Inserter:
         node.name = label(node)  # a nameless node is known by its output, which may be renamed
         _, bias = layer_arrays(layer)
         self._weights(node, layer.weight_index, rounded.integers, scales, layer.channel_axis)
-        if node.op_type != "MatMul":  # which has no bias to take the mean error back
+        if layer.bias is not None:
             if rounded.shift is not None:
                 bias = rounded.shift if bias is None else bias.astype(np.float64) + rounded.shift
             if bias is not None:
                 bias_scales = (scales * x.scale).astype(np.float32)
-                if len(node.inputs) < 3:
-                    node.resize_inputs(3)
-                self._weights(node, 2, round_bias(bias, bias_scales), bias_scales, 0)
+                holder, index = layer.bias
+                if len(holder.inputs) <= index:
+                    holder.resize_inputs(index + 1)
+                self._weights(holder, index, round_bias(bias, bias_scales), bias_scales, 0)
         if node.op_type == "Gemm":
             for name in ("alpha", "beta"):
                 node.attributes.pop(name, None)
@@ -157,7 +158,11 @@ def layer_arrays(layer: Layer) -> tuple[np.ndarray, np.ndarray | None]:
     node = layer.node
     weights = constant_of(node.inputs[layer.weight_index])
     assert weights is not None
-    bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = None
+    if layer.bias is not None and len(layer.bias[0].inputs) > layer.bias[1]:
+        bias = constant_of(layer.bias[0].inputs[layer.bias[1]])
+    if node.op_type == "MatMul" and bias is not None:
+        bias = bias.reshape(-1)
     if node.op_type == "Gemm":
         weights = weights * np.float32(attribute(node, "alpha", 1.0))
         if bias is not None:

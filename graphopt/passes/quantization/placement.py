@@ -49,6 +49,8 @@ class Layer:
     """The axis of the weights that counts output channels."""
     output: ir.Value
     """Behind the fused activation."""
+    bias: tuple[ir.Node, int] | None = None
+    """The node and input that hold the bias, or will: its own third input, or that of an Add behind a MatMul."""
 
     @property
     def input(self) -> ir.Value:
@@ -96,7 +98,7 @@ def place(graph: ir.Graph, exclude: Collection[str] = (), exclude_types: Collect
             skipped.append(Skip(label(node), found))
     possible = _possible(graph, layers, exclude, exclude_types)
     quantized, inside = _useful(graph, layers, possible)
-    integer = set(layers) | set(inside)
+    integer = set(layers) | set(inside) | {layer.bias[0] for layer in layers.values() if layer.bias is not None}
     for node in list(integer):
         fused = fused_activation(node)
         if fused is not None:
@@ -129,7 +131,7 @@ def _layer(node: ir.Node, exclude: Collection[str], exclude_types: Collection[st
     if node.op_type == "Conv":
         if len(node.inputs) > 2 and node.inputs[2] is not None and constant_of(node.inputs[2]) is None:
             return "its bias is not constant"
-        return Layer(node, 1, 0, output_of(node))
+        return Layer(node, 1, 0, output_of(node), (node, 2))
     if weights.ndim != 2:
         return f"its weights have rank {weights.ndim}, not 2"
     if node.op_type == "Gemm":
@@ -142,8 +144,21 @@ def _layer(node: ir.Node, exclude: Collection[str], exclude_types: Collection[st
                 return "its bias is not constant"
             if bias.size not in (1, columns) or (bias.size > 1 and bias.shape[-1] != columns):
                 return f"its bias has shape {list(bias.shape)}, not one value a column"
-        return Layer(node, 1, 0 if attribute(node, "transB", 0) else 1, output_of(node))
-    return Layer(node, 1, 1, output_of(node))
+        return Layer(node, 1, 0 if attribute(node, "transB", 0) else 1, output_of(node), (node, 2))
+    added = _added_bias(node, weights.shape[1])
+    return Layer(node, 1, 1, output_of(node if added is None else added[0]), added)
+
+
+def _added_bias(node: ir.Node, columns: int) -> tuple[ir.Node, int] | None:
+    """The Add of one constant a column that alone reads a MatMul: engines make both one Gemm, so its bias is 32-bit."""
+    add = sole_consumer(node.outputs[0])
+    if add is None or add.op_type != "Add":
+        return None
+    index = 1 if add.inputs[0] is node.outputs[0] else 0
+    bias = constant_of(add.inputs[index])
+    if bias is None or bias.dtype != np.float32 or bias.size != columns or bias.ndim == 0 or bias.shape[-1] != columns:
+        return None
+    return add, index
 
 
 def fused_activation(node: ir.Node) -> ir.Node | None:
