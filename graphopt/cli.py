@@ -70,6 +70,8 @@ def _failed(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, MemoryError):
         complain("error: out of memory; use fewer --calib-samples, or a machine with more memory")
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        complain(f"error: {error.strerror or error}: {error.filename or 'temporary files'}; see TMPDIR")
     elif not isinstance(error, BrokenPipeError):
         complain(f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}; -v shows where")
     return errors.EXIT_FAILURE
