@@ -29,7 +29,7 @@ ROUND_S = 0.1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--input", action="append", default=[])
     parser.add_argument("--tune-seconds", type=float, default=60.0)
@@ -65,7 +65,7 @@ def compare(arguments: argparse.Namespace, model: ir.Model) -> int:
         plain, tuned = session(proto, arguments.threads, False), session(proto, arguments.threads, True)
         wanted = plain.run(None, feeds)
         found = engine.run(feeds)
-        error = max(relative(found[o.name], w) for o, w in zip(plain.get_outputs(), wanted, strict=True))
+        error = max(relative(found[o.name], np.asarray(w)) for o, w in zip(plain.get_outputs(), wanted, strict=True))
         ours, theirs = race(lambda: engine.run(feeds), lambda: tuned.run(None, feeds))
         print(
             f"{Path(arguments.model).stem:22s} tvm {1e3 * ours:8.3f} ms  onnxruntime {1e3 * theirs:8.3f} ms  "
@@ -74,9 +74,8 @@ def compare(arguments: argparse.Namespace, model: ir.Model) -> int:
             flush=True,
         )
     for row in sorted(report.rows, key=lambda r: -(r["time_us"] or 0) * r["calls"])[: arguments.top]:
-        print(
-            f"  {row['time_us'] or 0:9.1f} us x{row['calls']:<3d} {row['gflops'] or 0:6.1f} GFLOP/s  {row['workload'][:48]:48s} {row['decision']}"
-        )
+        spent = f"{row['time_us'] or 0:9.1f} us x{row['calls']:<3d} {row['gflops'] or 0:6.1f} GFLOP/s"
+        print(f"  {spent}  {row['workload'][:48]:48s} {row['decision']}")
     return 0
 
 

@@ -47,8 +47,9 @@ class TvmEngine:
         from tvm.runtime.vm import VirtualMachine
 
         try:
-            module = _load(library, description["library_sha256"])
-            self._machine = VirtualMachine(module, tvm.cpu())
+            module: Any = _load(library, description["library_sha256"])
+            processor: Any = tvm.cpu()
+            self._machine = VirtualMachine(module, processor)
             self._main = self._machine["main"]
         except (RuntimeError, OSError, ValueError, AttributeError) as error:
             raise ArtifactError(
@@ -126,7 +127,8 @@ def _writable_view(tensor, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     address = np.from_dlpack(tensor).ctypes.data
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = (ctypes.c_char * size).from_address(address)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    view: Any = memory
+    return np.frombuffer(view, dtype).reshape(shape)
 
 
 _loaded: dict[str, str] = {}

@@ -55,7 +55,8 @@ def reference(made: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.n
     session = onnxruntime.InferenceSession(
         ir.to_proto(made).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(feeds)), strict=True))
+    arrays: list[Any] = list(session.run(None, dict(feeds)))
+    return dict(zip([o.name for o in session.get_outputs()], arrays, strict=True))
 
 
 def compiled(made: ir.Model, feeds: Mapping[str, np.ndarray], target: Cpu = TARGET, decisions=None):
@@ -68,7 +69,8 @@ def compiled(made: ir.Model, feeds: Mapping[str, np.ndarray], target: Cpu = TARG
         lowered.decisions.update(decisions)
     executable = pipeline.compile_module(target.scheduled(lowered), target.tvm_target())
     tensors = [tvm.runtime.tensor(np.asarray(feeds[str(spec["name"])], order="C")) for spec in lowered.inputs]
-    result: Any = relax.VirtualMachine(executable, tvm.cpu())["main"](*tensors)
+    processor: Any = tvm.cpu()
+    result: Any = relax.VirtualMachine(executable, processor)["main"](*tensors)
     names = [str(spec["name"]) for spec in lowered.outputs]
     arrays = [result.numpy()] if hasattr(result, "numpy") else [item.numpy() for item in result]
     return dict(zip(names, arrays, strict=True))

@@ -171,8 +171,8 @@ def test_parallel_code(threads):
 def test_channels_never_leave_blocks_between_convolutions():
     """No layout change between neighbouring convolutions, even with filler channels and activations in between."""
     x = uniform(1, 1, 3, 9, 9)
-    constants = {"w": uniform(2, 20, 3, 3, 3), "v": uniform(3, 36, 20, 3, 3), "m": np.float32([6.0])[0]}
-    constants |= {"zero": np.float32(0)}
+    constants = {"w": uniform(2, 20, 3, 3, 3), "v": uniform(3, 36, 20, 3, 3), "m": np.array(6, np.float32)}
+    constants |= {"zero": np.array(0, np.float32)}
     nodes = [
         node("Conv", ["x", "w"], ["a"]),
         node("Clip", ["a", "zero", "m"], ["b"]),
@@ -180,7 +180,7 @@ def test_channels_never_leave_blocks_between_convolutions():
         node("Mul", ["b", "c"], ["d"]),
         node("Conv", ["d", "v"], ["y"]),
     ]
-    made = model(nodes, {"x": x}, ["y"], {k: np.asarray(v) for k, v in constants.items()})
+    made = model(nodes, {"x": x}, ["y"], constants)
     names = list(pipeline.prim_funcs(TARGET.lower(made).module))
     assert not [n for n in names if n.startswith("block")]
     assert len([n for n in names if "unblock" in n]) == 1  # the output

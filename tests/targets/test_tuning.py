@@ -109,11 +109,8 @@ def test_candidates_that_cannot_be_built_are_skipped(tmp_path, quick, monkeypatc
     monkeypatch.setattr(measure.Candidate, "__init__", failing)
     notes = []
 
-    class Listening(type(SILENT)):
-        def note(self, text):
-            notes.append(text)
-
-    report = TARGET.tune(TARGET.lower(made), seconds=60, database=tmp_path / "db.jsonl", progress=Listening())
+    monkeypatch.setattr(type(SILENT), "note", lambda self, text: notes.append(text))
+    report = TARGET.tune(TARGET.lower(made), seconds=60, database=tmp_path / "db.jsonl")
     assert report.trials > 3
     assert any("too many registers" in note for note in notes)
 

@@ -10,6 +10,7 @@ Block names are what schedule templates match on: `conv2d`, `depthwise`, `window
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -123,13 +124,14 @@ def pool2d(
         y, x = _position(p, out_size[1], strides, dilations, kh, kw)
         return te.sum(padded(n, c, y, x, v), axis=[kh, kw])
 
-    sums = te.compute(out_shape, total, name="window_sum", attrs={ROW: out_size[1]})
+    sums: Any = te.compute(out_shape, total, name="window_sum", attrs={ROW: out_size[1]})
     area = kernel[0] * kernel[1]
 
-    def inside(p, axis):
+    def inside(p, axis) -> Any:
         start = (p // out_size[1] if axis == 0 else p % out_size[1]) * strides[axis] - pads[axis]
-        end = tirx.min(start + kernel[axis], size[axis])
-        return tirx.max(end - tirx.max(start, 0), 1)
+        end: Any = tirx.min(start + kernel[axis], size[axis])
+        begin: Any = tirx.max(start, 0)
+        return tirx.max(end - begin, 1)
 
     if count_include_pad or not any(pads):
         return te.compute(out_shape, lambda n, c, p, v: sums[n, c, p, v] * np.float32(1 / area), name="average")
@@ -146,7 +148,7 @@ def spatial_sum(data, *, mean: bool):
 
     batch, blocks, area, lanes = _dims(data)
     p = te.reduce_axis((0, area), "p")
-    total = te.compute(
+    total: Any = te.compute(
         (batch, blocks, 1, lanes), lambda n, c, one, v: te.sum(data[n, c, p, v], axis=p), name="spatial_sum"
     )
     if not mean:
@@ -174,7 +176,7 @@ def matmul(data, weight, *, columns: int):
     tiles, depth, block = _dims(weight)
     k = te.reduce_axis((0, depth), "k")
     lead = _dims(data)[:-1]
-    product = te.compute(
+    product: Any = te.compute(
         (*lead, tiles * block),
         lambda *i: te.sum(data[(*i[:-1], k)] * weight[i[-1] // block, k, i[-1] % block], axis=k),
         name="packed_matmul",
@@ -248,7 +250,7 @@ def _padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
         inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
         return tirx.if_then_else(inside, data[n, c, (y - top) * width + x - left, v], tirx.const(filler, data.dtype))
 
-    padded = te.compute((batch, blocks, height + top + bottom, width + left + right, lanes), cell, name="pad")
+    padded: Any = te.compute((batch, blocks, height + top + bottom, width + left + right, lanes), cell, name="pad")
     return lambda n, c, y, x, v: padded[n, c, y, x, v]
 
 

@@ -7,6 +7,7 @@ correctly rounded value over their whole range, measured against float64 in the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -94,8 +95,9 @@ def quantize_of(scale: float, zero_point: int, dtype: str) -> Callable:
     def apply(x):
         from tvm import tirx
 
-        level = tirx.nearbyint(x / _f(scale)) + _f(zero_point)
-        return tirx.max(tirx.min(level, _f(info.max)), _f(info.min)).astype("int32").astype(dtype)
+        level: Any = tirx.nearbyint(x / _f(scale)) + _f(zero_point)
+        bounded: Any = tirx.max(tirx.min(level, _f(info.max)), _f(info.min))
+        return bounded.astype("int32").astype(dtype)
 
     return apply
 

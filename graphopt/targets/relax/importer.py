@@ -85,7 +85,8 @@ class _Importer:
         params = []
         for position, info in enumerate(i for i in graph.input if i.name not in self.values):
             shape, dtype = _static_type(info)
-            param = relax.Var(f"input_{position}", relax.TensorType(shape, dtype))
+            static: Any = shape
+            param = relax.Var(f"input_{position}", relax.TensorType(static, dtype))
             params.append(param)
             self.values[info.name] = Value(shape, dtype, plain=param)
         bb = self.builder.bb
@@ -149,7 +150,8 @@ class _Importer:
         operands = onnx_frontend.onnx_input()
         for value in inputs:
             operands.append(None if value is None else self.builder.plain(value))
-        attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(node.attribute)
+        repeated: Any = node.attribute
+        attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(repeated)
         attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
         converter_class = onnx_frontend._get_convert_map().get(node.op_type)
         if converter_class is None:
@@ -171,22 +173,24 @@ class _Importer:
             raise _refused(node, error) from error
         return [self._value_of(node, item) for item in self._items(made, len(node.output))]
 
-    def _items(self, made, count: int) -> list[Any]:
+    def _items(self, made: Any, count: int) -> list[Any]:
         from tvm import relax
 
         if isinstance(made, relax.Tuple):
             return list(made.fields)
-        if isinstance(made.ty, relax.TupleType):
+        kind: Any = made.ty
+        if isinstance(kind, relax.TupleType):
             whole = self.builder.emit(made)
-            return [relax.TupleGetItem(whole, i) for i in range(min(count, len(made.ty.fields)))]
+            return [relax.TupleGetItem(whole, i) for i in range(min(count, len(tuple(made.ty.fields))))]
         return [made]
 
-    def _value_of(self, node: onnx.NodeProto, expression) -> Value:
+    def _value_of(self, node: onnx.NodeProto, expression: Any) -> Value:
         import tvm
         from tvm import relax
 
         if isinstance(expression, tvm.ir.GenericConst):
-            return _constant(expression.value.numpy())
+            literal: Any = expression
+            return _constant(literal.value.numpy())
         expression = self.builder.emit(expression)
         kind = expression.ty
         if not isinstance(kind, relax.TensorType):
@@ -198,7 +202,8 @@ class _Importer:
                 node=_label(node),
                 hint="the model can stay on ONNX Runtime",
             )
-        return Value(tuple(int(d) for d in shape.values), str(kind.dtype), plain=expression)
+        dims: Any = shape.values
+        return Value(tuple(int(d) for d in dims), str(kind.dtype), plain=expression)
 
 
 def _constant(array: np.ndarray) -> Value:

@@ -67,8 +67,9 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     kernel = weight.const
     if len(data.shape) == 3:  # one-dimensional: the same with a height of one
-        flat = Value((*data.shape[:2], 1, data.shape[2]), data.dtype)
-        flat.plain = builder.reshape(builder.plain(data), flat.shape)
+        planes = (*data.shape[:2], 1, data.shape[2])
+        flat = Value(planes, data.dtype)
+        flat.plain = builder.reshape(builder.plain(data), planes)
         found = _conv(builder, _lift(node), flat, kernel[:, :, None, :], bias)
         if found is None:
             return None
@@ -544,7 +545,8 @@ def slice_(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         end.append(taken[-1] + 1)
         stride.append(int(step))
         whole[axis] = len(taken)
-    sliced = builder.emit(relax.op.strided_slice(builder.plain(data), axes, begin, end, stride))
+    cut: Any = relax.op.strided_slice
+    sliced = builder.emit(cut(builder.plain(data), axes, begin, end, stride))
     return [Value(tuple(whole), data.dtype, plain=sliced)]
 
 
