@@ -82,6 +82,10 @@ class QuantizeInt8(Pass):
     exclude_types: tuple[str, ...] = ()
     """Operator types to leave float."""
 
+    def __post_init__(self) -> None:
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile must be above 50 and at most 100, not {self.percentile:g}")
+
     def observes(self, model: ir.Model) -> tuple[str, ...]:
         """The values whose ranges decide the encodings."""
         return tuple(str(value.name) for family in self._place(model).families for value in family.roots)

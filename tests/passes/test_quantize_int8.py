@@ -15,7 +15,7 @@ from onnx import numpy_helper, parser
 from graphopt import model as models
 from graphopt.calibration import Dataset, collect_statistics, random_dataset
 from graphopt.capabilities import x86_for_mcpu
-from graphopt.errors import PassError
+from graphopt.errors import PassError, SpecError
 from graphopt.graph import constant_of
 from graphopt.passes.base import Context, Fidelity, PassResult
 from graphopt.passes.quantization.ranges import encode_range
@@ -429,3 +429,5 @@ def test_options_come_from_the_grammar():
     assert each == QuantizeInt8(calibration="mse", exclude=("a", "b"), rounding="nearest")
     assert each.fidelity is Fidelity.LOSSY and each.name == "quantize-int8"
     assert "quantize-int8{" in str(each) and bind(parse(str(each)), QuantizeInt8, "pass") == each
+    with pytest.raises(SpecError, match="percentile must be above 50"):
+        bind(parse("quantize-int8{percentile=0.9}"), QuantizeInt8, "pass")
