@@ -1,4 +1,4 @@
-"""ONNX operators that graphopt lowers itself, in blocked form where that pays.
+"""ONNX operators that graphopt lowers itself, in blocked form where that pays; convolutions are in `convolution`.
 
 Each emitter takes `(builder, node, inputs)` and returns its output values, or None when it does not apply: the
 importer then asks TVM's own converter.
@@ -6,255 +6,14 @@ importer then asks TVM's own converter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from graphopt.targets.relax import computes, elementwise
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, INJECTIVE, Builder, Value
-
-Inputs = Sequence[Value | None]
-Emitter = Callable[[Builder, "Node", Inputs], "list[Value] | None"]
-
-
-@dataclass(frozen=True)
-class Node:
-    """An ONNX node as emitters see it."""
-
-    name: str
-    op_type: str
-    attributes: dict[str, Any]
-    opset: int
-    outputs: int
-
-    def get(self, key: str, default):
-        return self.attributes.get(key, default)
-
-
-EMITTERS: dict[str, Emitter] = {}
-
-
-def emits(*op_types: str):
-    """Register an emitter."""
-
-    def register(function: Emitter) -> Emitter:
-        EMITTERS.update(dict.fromkeys(op_types, function))
-        return function
-
-    return register
-
-
-def _image(builder: Builder, shape, blocked, dtype: str = "float32") -> list[Value]:
-    return [Value(tuple(shape), dtype, blocked=blocked, block=int(blocked.ty.shape[3]))]
-
-
-def _is_float_image(value: Value | None) -> bool:
-    return value is not None and value.is_image and value.dtype == "float32"
-
-
-# ---- convolution
-
-
-@emits("Conv")
-def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
-
-    data, weight, bias = inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None
-    if data is None or weight is None or data.dtype != "float32" or data.shape is None or weight.const is None:
-        return None
-    if bias is not None and bias.const is None:
-        return None
-    kernel = weight.const
-    if len(data.shape) == 3:  # one-dimensional: the same with a height of one
-        planes = (*data.shape[:2], 1, data.shape[2])
-        flat = Value(planes, data.dtype)
-        flat.plain = builder.reshape(builder.plain(data), planes)
-        found = _conv(builder, _lift(node), flat, kernel[:, :, None, :], bias)
-        if found is None:
-            return None
-        batch, channels, _, width = found.shape  # type: ignore[misc]
-        narrow = builder.reshape(builder.plain(found), (batch, channels, width))
-        return [Value((batch, channels, width), data.dtype, plain=narrow)]
-    if len(data.shape) != 4:
-        return None
-    found = _conv(builder, node, data, kernel, bias)
-    return None if found is None else [found]
-
-
-def _lift(node: Node) -> Node:
-    attributes = dict(node.attributes)
-    for key, filler in (("strides", 1), ("dilations", 1), ("kernel_shape", 1)):
-        if key in attributes:
-            attributes[key] = (filler, *attributes[key])
-    if "pads" in attributes:
-        start, end = attributes["pads"]
-        attributes["pads"] = (0, start, 0, end)
-    return Node(node.name, node.op_type, attributes, node.opset, node.outputs)
-
-
-def _conv(builder: Builder, node: Node, data: Value, kernel: np.ndarray, bias: Value | None) -> Value | None:
-    assert data.shape is not None
-    batch, channels, height, width = data.shape
-    groups = int(node.get("group", 1))
-    out_channels = kernel.shape[0]
-    strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
-    pads = _pads(node, (height, width), kernel.shape[2:], strides, dilations)
-    out = _out_size((height, width), kernel.shape[2:], strides, dilations, pads)
-    geometry: dict[str, Any] = {
-        "size": (height, width),
-        "strides": strides,
-        "pads": pads,
-        "dilations": dilations,
-        "out_size": out,
-    }
-    shape = (batch, out_channels, *out)
-    if groups == channels == out_channels and groups > 1:
-        source = builder.blocked(data)
-        filters = _blocked_filters(kernel, data.block)
-        result = builder.call(computes.depthwise, source, builder.constant(filters), pattern=FUSABLE_ROOT, **geometry)
-    else:
-        result = _dense_conv(builder, data, kernel, groups, geometry)
-        if result is None:
-            return None
-    block = int(result.ty.shape[3])
-    value = Value(shape, "float32", blocked=result, block=block)
-    if bias is not None and bias.const is not None and np.any(bias.const):
-        value.blocked = _add_channels(builder, value, bias.const)
-    return value
-
-
-def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, geometry):
-
-    assert data.shape is not None
-    batch, channels, height, width = data.shape
-    out_channels = kernel.shape[0]
-    block = builder.block_for(out_channels)
-    if groups > 1 and (out_channels // groups) % block:
-        return None
-    if data.blocked is None and (channels < 8 or (groups == 1 and channels % 2 and channels < builder.lanes)):
-        lanes_in = 1  # read the plain tensor: its channels are planes
-        source = builder.reshape(builder.plain(data), (batch, channels, height * width, 1))
-    else:
-        source = builder.blocked(data)
-        lanes_in = data.block
-        if groups > 1 and (channels // groups) % lanes_in:
-            return None
-    packed = pack_conv_weight(kernel, lanes_in, block)
-    return builder.call(
-        computes.conv2d,
-        source,
-        builder.constant(packed),
-        groups=groups,
-        pattern=FUSABLE_ROOT,
-        **geometry,
-    )
-
-
-def pack_conv_weight(kernel: np.ndarray, lanes_in: int, lanes_out: int) -> np.ndarray:
-    """(M, C / groups, kH, kW) -> (M / ocb, C / groups / icb, kH, kW, icb, ocb), zeros for padded channels."""
-    out_channels, channels, k_h, k_w = kernel.shape
-    rows, columns = -(-out_channels // lanes_out), -(-channels // lanes_in)
-    padded = np.zeros((rows * lanes_out, columns * lanes_in, k_h, k_w), np.float32)
-    padded[:out_channels, :channels] = kernel
-    split = padded.reshape(rows, lanes_out, columns, lanes_in, k_h, k_w)
-    return np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1))
-
-
-def _blocked_filters(kernel: np.ndarray, block: int) -> np.ndarray:
-    channels, _, k_h, k_w = kernel.shape
-    blocks = -(-channels // block)
-    padded = np.zeros((blocks * block, k_h, k_w), np.float32)
-    padded[:channels] = kernel[:, 0]
-    return np.ascontiguousarray(padded.reshape(blocks, block, k_h, k_w).transpose(0, 2, 3, 1))
-
-
-def _add_channels(builder: Builder, value: Value, addend: np.ndarray):
-    from tvm import relax
-
-    from graphopt.targets.relax.values import block_array
-
-    constant = block_array(addend.reshape(1, -1, 1, 1).astype(np.float32), value.block)
-    return builder.emit(relax.op.add(value.blocked, builder.constant(constant)))
-
-
-def _pads(node: Node, size, kernel, strides, dilations) -> tuple[int, int, int, int]:
-    mode = node.get("auto_pad", b"NOTSET")
-    mode = mode.decode() if isinstance(mode, bytes) else mode
-    if mode in ("NOTSET", ""):
-        top, left, bottom, right = node.get("pads", (0, 0, 0, 0))
-        return int(top), int(left), int(bottom), int(right)
-    if mode == "VALID":
-        return 0, 0, 0, 0
-    before, after = [], []
-    for extent, k, s, d in zip(size, kernel, strides, dilations, strict=True):
-        total = max((-(-extent // s) - 1) * s + (k - 1) * d + 1 - extent, 0)
-        small, large = total // 2, total - total // 2
-        before.append(small if mode == "SAME_UPPER" else large)
-        after.append(large if mode == "SAME_UPPER" else small)
-    return before[0], before[1], after[0], after[1]
-
-
-def _out_size(size, kernel, strides, dilations, pads, ceil: bool = False) -> tuple[int, int]:
-    found = []
-    for axis in range(2):
-        span = size[axis] + pads[axis] + pads[axis + 2] - (kernel[axis] - 1) * dilations[axis] - 1
-        steps = -(-span // strides[axis]) if ceil else span // strides[axis]
-        if ceil and steps * strides[axis] >= size[axis] + pads[axis]:
-            steps -= 1  # a window that starts in the far padding is not counted
-        found.append(steps + 1)
-    return found[0], found[1]
-
-
-@emits("ConvTranspose")
-def conv_transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
-    data, weight, bias = inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None
-    if not _is_float_image(data) or weight is None or weight.const is None or int(node.get("group", 1)) != 1:
-        return None
-    if (bias is not None and bias.const is None) or node.get("auto_pad", b"NOTSET") not in (b"NOTSET", "NOTSET"):
-        return None
-    assert data is not None and data.shape is not None
-    if "output_shape" in node.attributes:
-        return None
-    kernel = np.ascontiguousarray(weight.const[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))
-    strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
-    extra = tuple(node.get("output_padding", (0, 0)))
-    top, left, bottom, right = node.get("pads", (0, 0, 0, 0))
-    reach = [(kernel.shape[2 + a] - 1) * dilations[a] for a in range(2)]
-    pads = (reach[0] - top, reach[1] - left, reach[0] - bottom + extra[0], reach[1] - right + extra[1])
-    if min(pads) < 0:
-        return None
-    batch, channels, height, width = data.shape
-    source = data
-    if strides != (1, 1):
-        spread = builder.call(
-            computes.dilate, builder.blocked(data), size=(height, width), strides=strides, pattern=INJECTIVE
-        )
-        size = ((height - 1) * strides[0] + 1, (width - 1) * strides[1] + 1)
-        source = Value((batch, channels, *size), "float32", blocked=spread, block=data.block)
-    plain_node = Node(node.name, "Conv", {"pads": pads, "dilations": dilations}, node.opset, 1)
-    found = _conv(builder, plain_node, source, kernel, bias)
-    return None if found is None else [found]
-
-
-@emits("BatchNormalization")
-def batch_norm(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
-    from tvm import relax
-
-    data, *rest = inputs
-    if not _is_float_image(data) or any(v is None or v.const is None for v in rest) or node.get("training_mode", 0):
-        return None
-    assert data is not None
-    gamma, beta, mean, variance = (np.asarray(v.const, np.float64) for v in rest if v is not None)
-    scale = gamma / np.sqrt(variance + float(node.get("epsilon", 1e-5)))
-    shift = beta - mean * scale
-    builder.blocked(data)
-    factor = Value((1, scale.size, 1, 1), "float32", const=scale.astype(np.float32).reshape(1, -1, 1, 1))
-    scaled = builder.emit(relax.op.multiply(data.blocked, builder.operand(factor, data)))
-    value = Value(data.shape, "float32", blocked=scaled, block=data.block)
-    value.blocked = _add_channels(builder, value, shift.astype(np.float32))
-    return [value]
-
+from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
+from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, Builder, Value
 
 # ---- elementwise
 
@@ -401,8 +160,8 @@ def pool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     include = bool(node.get("count_include_pad", 0))
     if ceil and include:
         return None
-    pads = _pads(node, size, kernel, strides, dilations)
-    out = _out_size(size, kernel, strides, dilations, pads, ceil)
+    pads = pads_of(node, size, kernel, strides, dilations)
+    out = output_size(size, kernel, strides, dilations, pads, ceil)
     reach = [(out[a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1 for a in range(2)]
     far = [max(pads[a + 2], reach[a] - size[a] - pads[a]) for a in range(2)]
     done = builder.call(
@@ -418,13 +177,13 @@ def pool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         count_include_pad=include,
         pattern=FUSABLE_ROOT,
     )
-    return _image(builder, (*data.shape[:2], *out), done, data.dtype)
+    return image(builder, (*data.shape[:2], *out), done, data.dtype)
 
 
 @emits("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax")
 def spatial_reduction(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
-    if not _is_float_image(data):
+    if not is_float_image(data):
         return None
     assert data is not None and data.shape is not None
     keep = True
@@ -440,7 +199,7 @@ def spatial_reduction(builder: Builder, node: Node, inputs: Inputs) -> list[Valu
         done = builder.call(computes.spatial_max, source, pattern=FUSABLE_ROOT)
     else:
         done = builder.call(computes.spatial_sum, source, mean=node.op_type != "ReduceSum", pattern=FUSABLE_ROOT)
-    value = _image(builder, (*data.shape[:2], 1, 1), done)[0]
+    value = image(builder, (*data.shape[:2], 1, 1), done)[0]
     return [value] if keep else [_reshaped(builder, value, data.shape[:2])]
 
 
@@ -513,7 +272,7 @@ def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     joined = builder.emit(relax.op.concat([builder.blocked(v) for v in values], axis=1))
     shape = values[0].shape
     assert shape is not None
-    return _image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)
+    return image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)
 
 
 @emits("Slice")

@@ -53,7 +53,7 @@ def with_kernels(module, kernels: Mapping[str, Any]):
     for gvar, func in module.functions_items():
         kernel = kernels.get(gvar.name_hint)
         functions[gvar] = func if kernel is None else kernel.without_attr("global_symbol")
-    return tvm.IRModule(functions, module.type_definitions if hasattr(module, "type_definitions") else None)
+    return tvm.IRModule(functions)
 
 
 def compile_module(module, target):
