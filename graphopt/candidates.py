@@ -21,6 +21,7 @@ from graphopt.targets.base import Target
 from graphopt.variants import Source, Variant
 from graphopt.verify import Feeds, OutputError, Reference, Runner
 
+TWICE_DB = 10 * math.log10(2)
 INPUT = "input · onnxruntime"
 """The model as it came in, in ONNX Runtime: what every candidate has to beat."""
 
@@ -113,8 +114,9 @@ def _compiled(
 
 
 def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
-    """Exact variants: within rounding of the input model. Lossy ones: closer to the same model in ONNX Runtime
-    than that is to the input model, i.e. compiling adds less noise than the lossy pass did."""
+    """Exact variants: within rounding of the input model. Lossy ones: compiling may add at most twice the noise that
+    the lossy pass itself added (a value on the edge between two quanta may fall either way in two correct engines,
+    and some networks make as much of that as of the quantization); accuracy through this engine is measured later."""
     who = f"compiling the {variant.name} variant"
     if variant.fidelity is not Fidelity.LOSSY:
         return reference.judge(run, Fidelity.ROUNDING, who)
@@ -123,10 +125,10 @@ def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, .
     allowed = {e.name: e.snr_db for e in variant.record.errors}
     for error in errors:
         floor = allowed.get(error.name, math.inf)
-        if error.snr_db < floor and np.isfinite(floor):
+        if np.isfinite(floor) and error.snr_db < floor - TWICE_DB:
             raise VerificationError(
                 f"{who} adds noise at {error.snr_db:.1f} dB to output {error.name!r}, "
-                f"more than the lossy passes themselves at {floor:.1f} dB"
+                f"more than twice that of the lossy passes themselves at {floor:.1f} dB"
             )
     return errors
 
