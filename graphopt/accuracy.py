@@ -1,8 +1,8 @@
 """How right a model is: top-1 on labels, else agreement with a reference, else signal-to-noise.
 
-    top1        share of samples whose largest output is the label, in percent
-    agreement   share of samples whose largest output is the reference's, in percent
-    snr         10 log10(sum y_ref^2 / sum (y - y_ref)^2), the worst output's, in dB
+top1        share of samples whose largest output is the label, in percent
+agreement   share of samples whose largest output is the reference's, in percent
+snr         10 log10(sum y_ref^2 / sum (y - y_ref)^2), the worst output's, in dB
 """
 
 from __future__ import annotations

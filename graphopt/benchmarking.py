@@ -16,6 +16,8 @@ from graphopt.measure import Comparison, Contender, PairedResult, compare, compa
 from graphopt.progress import Progress
 from graphopt.runtime.artifact import MODEL, is_artifact, load, read_manifest
 
+SESSIONS = 3
+"""Of fresh processes, in one `bench`."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -31,7 +33,9 @@ def bench_models(
     """Race models that take the same inputs. Raises ModelError when they do not, ArtifactError for no artifact."""
     contenders = _contenders(paths)
     feeds = _feeds(paths, data, shapes, seed)
-    return race_afresh(contenders, feeds, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress)
+    return race_afresh(
+        contenders, [feeds] * SESSIONS, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress
+    )
 
 
 def compare_paths(

@@ -89,12 +89,12 @@ class Reference:
     """The original model's outputs on a few samples, and the judgement of others against them."""
 
     def __init__(self, original: ir.Model, samples: Sequence[Feeds], work: Path):
-        self.original = original
+        self.original = _inferred(original)
         self.samples = tuple(samples)
         self.work = work
         self.runner = onnxruntime_runner(original, work / "reference.onnx")
         self.outputs = tuple({k: np.array(v) for k, v in self.runner(s).items()} for s in self.samples)
-        self.reduction_length = total_reduction_length(original)
+        self.reduction_length = total_reduction_length(self.original)
 
     @cached_property
     def response_to_rounding(self) -> dict[str, float]:
@@ -146,7 +146,7 @@ def _perturbed(model: ir.Model, seed: int) -> ir.Model:
     unit = graphs.add_initializer(graph, "unit_roundoff", np.array(np.finfo(np.float32).eps / 2, np.float32))
     for number, node in enumerate(list(graph)):
         value = node.outputs[0]
-        if node.op_type not in ROUNDING_OPERATORS or value.dtype not in (None, ir.DataType.FLOAT):
+        if node.op_type not in ROUNDING_OPERATORS or value.dtype is not ir.DataType.FLOAT:
             continue
         noise = ir.node("RandomNormalLike", [value], {"seed": float(seed * 100_003 + number), "dtype": 1})
         scaled = ir.node("Mul", [noise.outputs[0], unit])
@@ -207,11 +207,16 @@ def output_error(
     return OutputError(name, worst, tolerance, snr)
 
 
+def _inferred(model: ir.Model) -> ir.Model:
+    """A copy with the types and shapes of inner values, where the model is small enough for protobuf."""
+    if models.parameter_bytes(model) >= models.PROTOBUF_LIMIT_BYTES // 2:
+        return model.clone()
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
+
+
 def total_reduction_length(model: ir.Model) -> float:
     """Sum over nodes of the number of products added up for one output element (1 for element-wise operators)."""
     total = 0.0
-    if models.parameter_bytes(model) < models.PROTOBUF_LIMIT_BYTES // 2:
-        model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         total += _reduction_length(node)
     return max(total, 1.0)

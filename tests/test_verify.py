@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
@@ -74,6 +75,6 @@ def test_nan_where_the_original_has_nan_is_no_error():
 
 
 def test_reduction_lengths_add_up():
-    model = ir.from_proto(small_cnn(channels=8))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(small_cnn(channels=8)))
     #   conv1     conv2     gemm   BatchNorm, 2 Relu, Identity, Flatten: 1 each; pool over 4x4
     assert total_reduction_length(model) == 27 + 72 + 16 + 5 + 16

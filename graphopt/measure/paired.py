@@ -41,6 +41,8 @@ class PairedResult:
     environment: Environment
     failed: Mapping[str, str] = field(default_factory=dict)
     """Contenders that are not among `bursts`, and why."""
+    sessions: tuple[int, ...] = ()
+    """Rounds of each session of fresh processes, in order; () where there was one."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +67,12 @@ class PairedResult:
         """Latency of one over latency of the other, paired by round: above 1 the `denominator` is faster."""
         return bootstrap_ratio(self.medians_s(numerator) / self.medians_s(denominator), self.seed)
 
+    def session_ratios(self, numerator: str, denominator: str) -> tuple[Ratio, ...]:
+        """`ratio`, session by session: where they differ, latency depends on the values fed or on the process."""
+        ratios = self.medians_s(numerator) / self.medians_s(denominator)
+        ends = np.cumsum(self.sessions or (self.rounds,))
+        return tuple(bootstrap_ratio(part, self.seed) for part in np.split(ratios, ends[:-1]))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
@@ -72,6 +80,7 @@ class PairedResult:
             "threads": self.threads,
             "seed": self.seed,
             "rounds": self.rounds,
+            "sessions": list(self.sessions),
             "environment": self.environment.to_dict(),
             "contenders": {name: stats.to_dict() for name, stats in self.stats.items()},
             "failed": dict(self.failed),
@@ -89,7 +98,8 @@ class PairedResult:
                 str(name): tuple(_split(LatencyStats.from_dict(entry))) for name, entry in data["contenders"].items()
             }
             conditions = Environment.from_dict(data["environment"])
-            result = cls(bursts, int(data["threads"]), int(data["seed"]), conditions, dict(data["failed"]))
+            sessions = tuple(int(n) for n in data.get("sessions", ()))
+            result = cls(bursts, int(data["threads"]), int(data["seed"]), conditions, dict(data["failed"]), sessions)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"saved latencies are damaged: {type(error).__name__}: {error}") from error
         if len({len(turns) for turns in bursts.values()}) != 1:
@@ -144,22 +154,22 @@ def race(
 
 def race_afresh(
     contenders: Sequence[Contender],
-    feeds: Mapping[str, np.ndarray],
+    feeds: Sequence[Mapping[str, np.ndarray]],
     *,
     threads: int = 1,
     seconds: float,
     seed: int = 0,
     progress: Progress = SILENT,
-    sessions: int = 3,
 ) -> PairedResult:
-    """`race` several times with new processes each, `seconds` in all: one result of all rounds.
+    """`race` once for each of `feeds`, with new processes each, `seconds` in all: one result of all rounds.
 
     Where its memory happens to lie can make a process a few per cent faster or slower than another of the same
-    program for as long as it lives; new processes draw anew. A contender that failed once is left out.
+    program for as long as it lives: new processes draw anew. And some kernels branch on the values they are fed.
+    A contender that failed once is left out.
     """
     runs = [
-        race(contenders, feeds, threads=threads, seconds=seconds / sessions, seed=seed + number, progress=progress)
-        for number in range(sessions)
+        race(contenders, each, threads=threads, seconds=seconds / len(feeds), seed=seed + number, progress=progress)
+        for number, each in enumerate(feeds)
     ]
     failed = {name: why for run in runs for name, why in run.failed.items()}
     bursts = {
@@ -167,7 +177,7 @@ def race_afresh(
     }
     if not bursts:
         raise MeasurementError("; ".join(failed.values()))
-    return PairedResult(bursts, threads, seed, runs[0].environment, failed)
+    return PairedResult(bursts, threads, seed, runs[0].environment, failed, tuple(run.rounds for run in runs))
 
 
 def turns(lineup: Lineup, seed: int) -> Iterator[dict[str, Burst]]:

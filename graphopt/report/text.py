@@ -85,11 +85,9 @@ def error_text(record: Mapping[str, Any]) -> str:
 
 def _passes(report: Mapping[str, Any]) -> RenderableType:
     table = Table(title="Passes", title_justify="left", title_style="bold")
-    for heading, justify in (
-        ("pass", "left"), ("fidelity", "left"), ("applied", "right"), ("skipped", "right"), ("nodes", "right"),
-        ("parameters", "right"), ("against the input model", "left"), ("s", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, overflow="fold")
+    for heading in ("pass", "fidelity", "applied", "skipped", "nodes", "parameters", "against the input model", "s"):
+        worded = heading in ("pass", "fidelity", "against the input model")
+        table.add_column(heading, justify="left" if worded else "right", overflow="fold")
     for record in report["passes"]:
         table.add_row(
             Text(record["spec"]),
@@ -151,11 +149,8 @@ def _candidates(report: Mapping[str, Any]) -> RenderableType:
         title_justify="left",
         title_style="bold",
     )
-    for heading, justify in (
-        ("candidate", "left"), ("median ms [95 %]", "right"), ("speed against input [95 %]", "right"),
-        ("size", "right"), ("", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, overflow="fold")
+    for heading in ("candidate", "median ms [95 %]", "speed against input [95 %]", "size", ""):
+        table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", overflow="fold")
     choice = report["choice"]["candidate"] if report["choice"] else None
     for record in report["candidates"]:
         chosen = record["name"] == choice

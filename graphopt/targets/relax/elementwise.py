@@ -73,6 +73,8 @@ def leaky_relu_of(alpha: float) -> Callable:
     def apply(x):
         from tvm import tirx
 
+        if 0 <= alpha <= 1:  # no name for x: the vectoriser refuses one that inlining has bound to two values
+            return tirx.max(x, x * _f(alpha))
         return _let(x, lambda x: tirx.Select(x > _f(0.0), x, x * _f(alpha)))
 
     return apply
