@@ -17,7 +17,7 @@ from tests.models import save_labelled_data, save_small_cnn, small_cnn
 FAST = ("--tune-seconds", "0", "--measure-seconds", "1", "--threads", "1", "-q")
 
 
-def graphopt(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def graphopt(*arguments: str | Path | int, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "graphopt.cli", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
     )

@@ -243,7 +243,7 @@ def test_run_bench_compare_and_inspect_on_the_command_line(tmp_path, model):
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     graphopt.optimize(model, tmp_path / "out", **FAST)
-    np.savez(tmp_path / "in.npz", **noise())
+    np.savez(tmp_path / "in.npz", x=noise()["x"])
     assert cli("run", tmp_path / "out", "--input", tmp_path / "in.npz", "-o", tmp_path / "out.npz").returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "out.npz")["y"], reference(model, noise()), rtol=1e-4, atol=1e-5)
     bench = cli("bench", model, tmp_path / "out", "--threads", 1, "--seconds", 1, "--format", "json", "-q")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ class DropIdentity(Pass):
     fidelity = Fidelity.EXACT
     keep: tuple[str, ...] = ()
 
-    def run(self, model, context):
+    def run(self, model: Any, context):
         skipped = []
         found = [n for n in model.graph if n.op_type == "Identity"]
         for node in found:
@@ -38,7 +39,7 @@ class ScaleWeights(Pass):
     fidelity = Fidelity.EXACT
     factor: float = 1.001
 
-    def run(self, model, context):
+    def run(self, model: Any, context):
         value = model.graph.initializers["w1"]
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(self.factor), name="w1")
         return PassResult(model, 1)
