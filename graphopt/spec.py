@@ -181,6 +181,12 @@ class _Reader:
             raise self.complaint(f"expected {mark!r}")
         self.position += 1
 
+    def name(self, what: str) -> str:
+        """A bare word: names are never quoted, so that they print as they parse."""
+        if not self.at_end() and self.tokens[self.position][0] == "string":
+            raise self.complaint(f"expected {what} without quotes")
+        return self.word(what)
+
     def word(self, what: str) -> str:
         if self.at_end():
             raise self.complaint(f"expected {what}")
@@ -201,14 +207,14 @@ class _Reader:
 
 
 def _read_spec(reader: _Reader) -> Spec:
-    name = reader.word("a name")
+    name = reader.name("a name")
     options: dict[str, Value] = {}
     if reader.peek() == "{":
         reader.expect("{")
         while reader.peek() != "}":
             if options:
                 reader.expect(",")
-            key = reader.word("an option name")
+            key = reader.name("an option name")
             if key in options:
                 raise reader.complaint(f"option {key!r} given twice,")
             reader.expect("=")

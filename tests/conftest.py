@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Fresh examples on a developer's machine, the same ones in CI: a commit must not fail for what it did not change.
+hypothesis.settings.register_profile("fresh", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fresh")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GRAPHOPT_SHARED", ROOT.parent / "shared"))
