@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,18 +134,7 @@ def _exact_variant(
     fidelity = max((p.fidelity for p in pipeline.passes), default=Fidelity.EXACT)
     accuracy = judge.accuracy(file)
     drop = None if accuracy is None else judge.drop(accuracy)
-    record = VariantRecord(
-        name="exact",
-        pipeline=str(pipeline),
-        nodes=count_nodes(model),
-        operators=count_operators(model),
-        parameter_bytes=models.parameter_bytes(model),
-        file_bytes=file.stat().st_size,
-        errors=_last_errors(records),
-        accuracy=None if accuracy is None else accuracy.to_dict(),
-        drop=drop,
-    )
-    return Variant(model, file, record, fidelity)
+    return Variant(model, file, _record(model, file, pipeline, accuracy, drop, _last_errors(records)), fidelity)
 
 
 def _final_variant(
@@ -175,22 +165,37 @@ def _final_variant(
         pipeline, lossy_part = pipeline.excluding(returned), lossy_part.excluding(returned)
         models.save(model, file)
         accuracy = judge.accuracy(file)
-    record = VariantRecord(
-        name="final",
-        pipeline=str(pipeline),
-        nodes=count_nodes(model),
-        operators=count_operators(model),
-        parameter_bytes=models.parameter_bytes(model),
-        file_bytes=file.stat().st_size,
-        errors=reference.judge_model(model, Fidelity.LOSSY, str(lossy_part)) if returned else _last_errors(records),
-        accuracy=None if accuracy is None else accuracy.to_dict(),
-        drop=drop,
+    errors = reference.judge_model(model, Fidelity.LOSSY, str(lossy_part)) if returned else _last_errors(records)
+    record = dataclasses.replace(
+        _record(model, file, pipeline, accuracy, drop, errors),
         within_bound=within,
         plain_drop=plain_drop,
         returned_to_float=returned,
         layer_snr_db=layer_snr_db(exact.model, model, data.samples, work),
     )
     return Variant(model, file, record, Fidelity.LOSSY)
+
+
+def _record(
+    model: ir.Model,
+    file: Path,
+    pipeline: Pipeline,
+    accuracy: Accuracy | None,
+    drop: float | None,
+    errors: tuple[OutputError, ...],
+) -> VariantRecord:
+    """What there is to say of every variant; it is named after its file."""
+    return VariantRecord(
+        name=file.stem,
+        pipeline=str(pipeline),
+        nodes=count_nodes(model),
+        operators=count_operators(model),
+        parameter_bytes=models.parameter_bytes(model),
+        file_bytes=file.stat().st_size,
+        errors=errors,
+        accuracy=None if accuracy is None else accuracy.to_dict(),
+        drop=drop,
+    )
 
 
 def _recover(
