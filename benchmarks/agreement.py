@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Does an artifact's model.onnx, opened in ONNX Runtime and in OpenVINO, agree with `artifact.run`?
 
-    python benchmarks/agreement.py ARTIFACT [ARTIFACT ...]          # needs openvino
+    python benchmarks/agreement.py ARTIFACT [ARTIFACT ...] [--data DATA --preprocess NAME --samples 200]
 
-Prints, per artifact, the worst output's signal-to-noise ratio in dB (inf: equal) and whether the largest output is
-the same, over eight samples of seeded noise.
+Prints, per artifact, the worst output's signal-to-noise ratio in dB (inf: equal) and how often the largest output is
+the same, over eight samples of seeded noise, or over samples drawn (seeded) from DATA. Needs openvino.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 import graphopt
 from graphopt import model as models
+from graphopt.calibration import load_dataset
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from graphopt.samples import random_feeds
 
@@ -47,6 +48,9 @@ def snr_db(wanted: np.ndarray, got: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--data")
+    parser.add_argument("--preprocess")
+    parser.add_argument("--samples", type=int, default=200)
     args = parser.parse_args()
     print("| artifact | engine | ONNX Runtime, dB | same class | OpenVINO, dB | same class |")
     print("|---|---|---|---|---|---|")
@@ -56,7 +60,11 @@ def main() -> None:
         shapes = {name: tuple(shape) for name, shape in artifact.manifest["compiled_shapes"].items()}
         signature = models.signature(models.fix_inputs(models.load(path), shapes))
         cells = []
-        samples = [random_feeds(signature, seed) for seed in range(8)]
+        if args.data:
+            drawn, _ = load_dataset(args.data, signature, args.preprocess).draw(args.samples, seed=1)
+            samples = list(drawn.batches(1))
+        else:
+            samples = [random_feeds(signature, seed) for seed in range(8)]
         ours = [artifact.run(feeds) for feeds in samples]
         for run in (OnnxRuntimeEngine(path, 1).run, openvino_runner(path)):
             worst, same = math.inf, 0
@@ -66,7 +74,7 @@ def main() -> None:
                     worst = min(worst, snr_db(array, np.asarray(theirs[name])))
                 first = next(iter(mine))
                 same += int(np.argmax(mine[first]) == np.argmax(theirs[first]))
-            cells += [f"{worst:.1f}", f"{same}/8"]
+            cells += [f"{worst:.1f}", f"{same}/{len(samples)}"]
         print(f"| {folder.name} | {artifact.engine} | {' | '.join(cells)} |", flush=True)
 
 
