@@ -40,11 +40,17 @@ class LoweredModel:
 
 @dataclass(frozen=True)
 class Cpu(Target):
-    """`cpu{mcpu=cascadelake,threads=1}`: `mcpu` is LLVM's name or `native`; `threads` 0 means all processors."""
+    """`cpu{mcpu=cascadelake,threads=1}`: `mcpu` is LLVM's name or `native`; `threads` 0 means all processors.
+
+    `precision` is `float32` or `bfloat16`: what images are stored as between kernels. `without` names templates and
+    ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what each brings.
+    """
 
     name: ClassVar[str] = "cpu"
     mcpu: str = "native"
     threads: int = 0
+    precision: str = "float32"
+    without: str = ""
 
     def __post_init__(self):
         if self.threads < 0:
@@ -87,7 +93,12 @@ class Cpu(Target):
 
         lanes = self.capabilities.float_lanes
         registers = 32 if lanes == 16 or self._arch == "aarch64" else 16
-        return Machine(lanes, registers, self.thread_count)
+        return Machine(lanes, registers, self.thread_count, self.features, self.switched_off)
+
+    @property
+    def switched_off(self) -> frozenset[str]:
+        """Names in `without`."""
+        return frozenset(self.without.split("+")) - {""}
 
     @property
     def thread_count(self) -> int:
@@ -189,11 +200,10 @@ class Cpu(Target):
         for name, func in pipeline.prim_funcs(lowered.module).items():
             workload = Workload(func.with_attr("global_symbol", "main"), self.machine())
             if name in lowered.decisions:
-                template, decision = lowered.decisions[name]
-                kernels[name] = schedules.template_named(template).apply(workload, dict(decision))
+                choice = schedules.Choice(lowered.decisions[name][0], dict(lowered.decisions[name][1]))
             else:
-                template, space = schedules.choose(workload)
-                kernels[name] = template.apply(workload, space[0])
+                choice = schedules.choices(workload)[0]
+            kernels[name] = schedules.schedule(workload, choice)
         return pipeline.with_kernels(lowered.module, kernels)
 
 

@@ -144,8 +144,8 @@ def test_every_decision_is_right(target):
     lowered = target.lower(made)
     spaces = {}
     for name, func in pipeline.prim_funcs(lowered.module).items():
-        template, space = schedules.choose(Workload(func.with_attr("global_symbol", "main"), target.machine()))
-        spaces[name] = [(template.NAME, decision) for decision in space]
+        found = schedules.choices(Workload(func.with_attr("global_symbol", "main"), target.machine()))
+        spaces[name] = [(choice.template, choice.decision) for choice in found]
     longest = max(map(len, spaces.values()))
     assert longest >= 10
     for i in range(min(longest, 12)):

@@ -66,7 +66,7 @@ def test_island_leaves_no_kernels_between_convolutions(opset):
     made, feeds = _island(np.uint8, 120, opset)
     kernels = pipeline.prim_funcs(TARGET.lower(made).module)
     chosen = {
-        name: schedules.choose(Workload(func.with_attr("global_symbol", "main"), TARGET.machine()))[0].NAME
+        name: schedules.choices(Workload(func.with_attr("global_symbol", "main"), TARGET.machine()))[0].template
         for name, func in kernels.items()
     }
     convolutions = [name for name, template in chosen.items() if template == "conv2d_blocked"]

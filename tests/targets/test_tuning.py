@@ -16,7 +16,7 @@ from graphopt.targets.tuning import measure, search
 from graphopt.targets.tuning.database import Database, Key, Record
 from tests.targets.oracle import TARGET, close, compiled, model, node, reference, sum_tolerance, uniform
 
-KEY = Key("digest", "cascadelake", 1, "conv2d_blocked", 1)
+KEY = Key("digest", "cascadelake", 1)
 
 
 def _network():
@@ -135,14 +135,14 @@ def test_tuning_for_a_processor_that_is_not_here(tmp_path, monkeypatch):
 
 def test_database_survives_torn_and_foreign_lines(tmp_path):
     path = tmp_path / "db.jsonl"
-    Database(path).add(KEY, Record({"columns": 7}, 12.5, 8, True))
+    Database(path).add(KEY, Record("conv2d_blocked", 1, {"columns": 7}, 12.5, 8, True))
     with path.open("a") as handle:
         handle.write('not json\n{"workload": "x"}\n[1]\n{"workload": "torn", "mcp')
     again = Database(path)
     assert (len(again), again.skipped) == (1, 4)
-    again.add(KEY, Record({"columns": 9}, 11.0, 9, True))
+    again.add(KEY, Record("conv2d_blocked", 1, {"columns": 9}, 11.0, 9, True))
     last = Database(path)
-    assert last.find(KEY) == Record({"columns": 9}, 11.0, 9, True)
+    assert last.find(KEY) == Record("conv2d_blocked", 1, {"columns": 9}, 11.0, 9, True)
     assert last.skipped == 4
 
 
@@ -151,7 +151,7 @@ def test_database_that_cannot_be_written(tmp_path):
     database = Database(tmp_path / "other.jsonl")
     database.path = tmp_path / "file" / "db.jsonl"
     with pytest.raises(TargetError, match="cannot be written"):
-        database.add(KEY, Record({}, 1.0, 1, True))
+        database.add(KEY, Record("conv2d_blocked", 1, {}, 1.0, 1, True))
 
 
 def test_workload_digest_is_the_same_in_every_process():

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from graphopt.errors import TargetError
+from graphopt.targets.schedules.workload import Kernel
+
 
 def fuse(module):
     """Legalise Relax operators to PrimFuncs and fuse each chain with the kernel before it."""
@@ -45,14 +50,54 @@ def call_counts(module) -> dict[str, int]:
     return counts
 
 
-def with_kernels(module, kernels: Mapping[str, Any]):
-    """The module with these PrimFuncs in place of those of the same name."""
+def with_kernels(module, kernels: Mapping[str, Kernel]):
+    """The module with these kernels in place of the PrimFuncs of the same name, and their constants repacked."""
     import tvm
 
     functions = {}
     for gvar, func in module.functions_items():
         kernel = kernels.get(gvar.name_hint)
-        functions[gvar] = func if kernel is None else kernel.without_attr("global_symbol")
+        functions[gvar] = func if kernel is None else kernel.func.without_attr("global_symbol")
+    return repack_constants(tvm.IRModule(functions), kernels)
+
+
+def repack_constants(module, kernels: Mapping[str, Kernel]):
+    """Store the constants that kernels want in another form. Raises TargetError where one is no constant."""
+    import tvm
+    from tvm import relax
+
+    wanted = {name: kernel.repack for name, kernel in kernels.items() if kernel.repack}
+    if not wanted:
+        return module
+    done: dict[tuple[Any, str, int], Any] = {}
+
+    def repacked(name: str, index: int, constant: Any) -> Any:
+        if not isinstance(constant, tvm.ir.GenericConst):
+            raise TargetError(f"kernel {name}: argument {index} must be a constant to be repacked")
+        stored: Any = constant
+        key = (constant, name, index)
+        if key not in done:
+            array = np.ascontiguousarray(wanted[name][index](stored.value.numpy()))
+            done[key] = relax.const(array, str(array.dtype))
+        return done[key]
+
+    def rebound(binding: Any) -> Any:
+        call: Any = binding.value
+        name = getattr(call.args[0], "name_hint", "") if isinstance(call, relax.Call) and call.args else ""
+        if name not in wanted:
+            return binding
+        packed: Any = call.args[1]
+        arguments = list(packed.fields)
+        for index in wanted[name]:
+            arguments[index] = repacked(name, index, arguments[index])
+        changed = relax.Call(call.op, [call.args[0], relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
+        return relax.VarBinding(binding.var, changed)
+
+    main = module["main"]
+    blocks = [type(block)([rebound(binding) for binding in block.bindings]) for block in main.body.blocks]
+    functions = dict(module.functions_items())
+    body = relax.SeqExpr(blocks, main.body.body)
+    functions[module.get_global_var("main")] = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
     return tvm.IRModule(functions)
 
 

@@ -1,29 +1,50 @@
-"""Kernel templates, one a file, and the list that is tried in order.
+"""Kernel templates, one a file, and the alternatives they offer for a kernel.
 
 A template is a module with `NAME`, `VERSION`, `match(workload) -> None | space` and
-`apply(workload, decision) -> PrimFunc`. A space is a list of decisions, best guess first: applying the first needs no
-search. `None` means not applicable. `generic` matches everything, so it stands last.
+`apply(workload, decision) -> Kernel`. A space is a list of decisions, best guess first: applying the first needs no
+search. `None` means not applicable. All templates that match a workload compete; `generic` stands in where none does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
 from graphopt.targets.schedules import conv2d_blocked, generic, matmul_packed, window
-from graphopt.targets.schedules.workload import Decision, Workload
+from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
-TEMPLATES: tuple[ModuleType, ...] = (conv2d_blocked, window, matmul_packed, generic)
+TEMPLATES: tuple[ModuleType, ...] = (conv2d_blocked, window, matmul_packed)
+"""In the order of their first guesses: the first template that matches gives a kernel's decision without a search."""
 
 
-def choose(workload: Workload) -> tuple[ModuleType, list[Decision]]:
-    """The first template that matches, and its space."""
-    for template in TEMPLATES:
-        space = template.match(workload)
-        if space is not None:
-            return template, space
-    raise AssertionError("the generic template matches everything")
+@dataclass(frozen=True)
+class Choice:
+    """One way to schedule a kernel."""
+
+    template: str
+    decision: Decision
+
+
+def choices(workload: Workload) -> list[Choice]:
+    """Every decision of every template that matches, in turns, so that the first few hold each template's best guess.
+
+    Templates named in `workload.machine.without` are left out.
+    """
+    without = workload.machine.without
+    spaces = [(t.NAME, t.match(workload) or []) for t in TEMPLATES if t.NAME not in without]
+    longest = max((len(space) for _, space in spaces), default=0)
+    found = [Choice(name, space[i]) for i in range(longest) for name, space in spaces if i < len(space)]
+    return found or [Choice(generic.NAME, decision) for decision in generic.match(workload)]
+
+
+def schedule(workload: Workload, choice: Choice) -> Kernel:
+    """The kernel that a choice makes. Raises what TVM raises where the schedule cannot be applied."""
+    return template_named(choice.template).apply(workload, dict(choice.decision))
 
 
 def template_named(name: str) -> ModuleType:
-    """The template a recorded decision belongs to."""
-    return next(t for t in TEMPLATES if name == t.NAME)
+    """The template a recorded decision belongs to. Raises KeyError for one that does not exist (any more)."""
+    for template in (*TEMPLATES, generic):
+        if name == template.NAME:
+            return template
+    raise KeyError(name)

@@ -20,6 +20,7 @@ from graphopt.targets.relax.computes import ROW
 from graphopt.targets.schedules.workload import (
     PARALLEL_WORK,
     Decision,
+    Kernel,
     Workload,
     annotation,
     divisors,
@@ -79,7 +80,7 @@ def _cycles(columns: int, outs: int, weight_bytes: int) -> float:
     return max(arithmetic, loads, streaming, FMA_LATENCY) / accumulators * (1 + 0.2 / accumulators)
 
 
-def apply(workload: Workload, decision: Decision):
+def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule a function whose anchor block is `conv2d`."""
     columns, outs = decision["columns"], decision["outs"]
     block = workload.blocks["conv2d"]
@@ -116,4 +117,4 @@ def apply(workload: Workload, decision: Decision):
     schedule.unroll(o_)
     schedule.unroll(p_)
     schedule.vectorize(v_)
-    return schedule.mod["main"]
+    return Kernel(schedule.mod["main"])

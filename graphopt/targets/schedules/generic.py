@@ -14,18 +14,26 @@ Loop Transformations, ACM TOPLAS 18(4), 1996, section 3 (memory order).
 
 from __future__ import annotations
 
-from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Workload, loop_extents, new_schedule, nodes
+from graphopt.targets.schedules.workload import (
+    PARALLEL_WORK,
+    Decision,
+    Kernel,
+    Workload,
+    loop_extents,
+    new_schedule,
+    nodes,
+)
 
 NAME = "generic"
 VERSION = 1
 
 
-def match(workload: Workload) -> list[Decision] | None:
+def match(workload: Workload) -> list[Decision]:
     """One decision, for every function."""
     return [{}]
 
 
-def apply(workload: Workload, decision: Decision):
+def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule any function; one with dynamic shapes or opaque blocks is left as it is."""
     from tvm.s_tir.schedule import ScheduleError
 
@@ -46,7 +54,7 @@ def apply(workload: Workload, decision: Decision):
         except ScheduleError:
             continue
         schedule = trial
-    return schedule.mod["main"]
+    return Kernel(schedule.mod["main"])
 
 
 def _is_cheap(block) -> bool:

@@ -16,6 +16,7 @@ from graphopt.targets.relax.computes import COLUMNS
 from graphopt.targets.schedules.workload import (
     PARALLEL_WORK,
     Decision,
+    Kernel,
     Workload,
     annotation,
     divisors,
@@ -44,7 +45,7 @@ def match(workload: Workload) -> list[Decision] | None:
     return [{"rows": r, "steps": s} for r in rows[:5] for s in steps]
 
 
-def apply(workload: Workload, decision: Decision):
+def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule a function whose anchor block is `packed_matmul`."""
     block = workload.blocks["packed_matmul"]
     nb = annotation(block, COLUMNS)
@@ -85,7 +86,7 @@ def apply(workload: Workload, decision: Decision):
         schedule.unroll(loops[-2])
     if width[-1] > 1:
         schedule.vectorize(loops[-1])
-    return schedule.mod["main"]
+    return Kernel(schedule.mod["main"])
 
 
 def _vectors(schedule, loop, nb: int, lanes: int) -> None:

@@ -16,6 +16,7 @@ from graphopt.targets.relax.computes import ROW
 from graphopt.targets.schedules.workload import (
     PARALLEL_WORK,
     Decision,
+    Kernel,
     Workload,
     annotation,
     divisors,
@@ -45,7 +46,7 @@ def match(workload: Workload) -> list[Decision] | None:
     return [{"columns": c, "rows": r} for c in preferred[:4] for r in near]
 
 
-def apply(workload: Workload, decision: Decision):
+def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule a function whose anchor block is one of ANCHORS."""
     block = workload.anchor(*ANCHORS)
     assert block is not None
@@ -79,4 +80,4 @@ def apply(workload: Workload, decision: Decision):
         pad = schedule.get_sblock("pad")
         schedule.compute_at(pad, spread, preserve_unit_loops=True)
         schedule.vectorize(schedule.get_loops(pad)[-1])
-    return schedule.mod["main"]
+    return Kernel(schedule.mod["main"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 Decision = dict[str, Any]
 """Small and serialisable: numbers and words."""
@@ -21,6 +23,27 @@ class Machine:
     registers: int
     """Vector registers."""
     threads: int
+    features: frozenset[str] = frozenset()
+    """Extensions that code may use, in /proc/cpuinfo's spelling: amx_bf16, avx512_bf16, avx512f, avx2, fma, ..."""
+    without: frozenset[str] = frozenset()
+    """Templates and ideas that are switched off, by name: `winograd`, `prefetch`, ..."""
+
+    def allows(self, idea: str) -> bool:
+        """Whether an idea is switched on."""
+        return idea not in self.without
+
+
+Repack = Callable[[np.ndarray], np.ndarray]
+"""From a constant argument as the importer packed it to the form a kernel reads; done once, when a model is built."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A scheduled function, and the constant arguments it wants in another form than the workload's."""
+
+    func: Any
+    repack: Mapping[int, Repack] = field(default_factory=dict)
+    """By parameter index. The function's parameter has the repacked shape."""
 
 
 @dataclass(frozen=True, eq=False)

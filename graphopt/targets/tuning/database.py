@@ -1,6 +1,6 @@
 """Decisions that were measured: one JSON object a line, appended whole, read leniently.
 
-A key is (workload digest, mcpu, threads, template, template version); the last line of a key counts. A line that
+A key is (workload digest, mcpu, threads); the last line of a key counts. A line that
 cannot be read (a crash while writing, a hand edit) is skipped and counted.
 """
 
@@ -23,14 +23,15 @@ class Key:
     """sha256 of the workload's text."""
     mcpu: str
     threads: int
-    template: str
-    version: int
 
 
 @dataclass(frozen=True)
 class Record:
     """The best decision found for a key. `complete` says that the whole space was searched."""
 
+    template: str
+    version: int
+    """The template's, when this was measured."""
     decision: dict[str, Any]
     time_us: float
     trials: int
@@ -82,13 +83,12 @@ class Database:
 def _parse(line: str) -> tuple[Key, Record] | None:
     try:
         entry = json.loads(line)
-        key = Key(
-            str(entry["workload"]), str(entry["mcpu"]), int(entry["threads"]), str(entry["template"]),
-            int(entry["version"]),
-        )  # fmt: skip
+        key = Key(str(entry["workload"]), str(entry["mcpu"]), int(entry["threads"]))
+        template, version = str(entry["template"]), int(entry["version"])
         decision = entry["decision"]
         if not isinstance(decision, dict):
             return None
-        return key, Record(decision, float(entry["time_us"]), int(entry["trials"]), bool(entry["complete"]))
+        time_us, trials = float(entry["time_us"]), int(entry["trials"])
+        return key, Record(template, version, decision, time_us, trials, bool(entry["complete"]))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return None

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.schedules.workload import Kernel
+
 REPEAT = 12
 MIN_REPEAT_MS = 1
 """Short windows and many: on a busy machine at least one of them runs undisturbed."""
@@ -46,4 +48,14 @@ def arguments_for(func, seed: int) -> list[Any]:
         else:
             array = rng.integers(0, 2, shape).astype(dtype)
         found.append(tvm.runtime.tensor(array))
+    return found
+
+
+def repacked(arguments: list[Any], kernel: Kernel) -> list[Any]:
+    """The arguments with those in another form that the kernel wants."""
+    import tvm
+
+    found = list(arguments)
+    for index, repack in kernel.repack.items():
+        found[index] = tvm.runtime.tensor(np.ascontiguousarray(repack(arguments[index].numpy())))
     return found

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.progress import Progress
+from graphopt.targets import schedules
 from graphopt.targets.base import TuningReport
+from graphopt.targets.schedules import Choice
 from graphopt.targets.tuning.database import Database, Key, Record
 
 if TYPE_CHECKING:
@@ -32,12 +34,11 @@ class Task:
 
     names: list[str]
     workload: Any
-    template: Any
-    space: list[dict[str, Any]]
+    choices: list[Choice]
     key: Key
     calls: int
     macs: int
-    decision: dict[str, Any]
+    choice: Choice
     time_us: float | None = None
     from_database: bool = False
 
@@ -62,7 +63,7 @@ class Search:
         tasks = self._tasks()
         stopped = False
         try:
-            waiting = [t for t in tasks if not t.from_database and len(t.space) > 1]
+            waiting = [t for t in tasks if not t.from_database and len(t.choices) > 1]
             if seconds > 0 and waiting:
                 with self.progress.task("tune", len(waiting)) as advance:
                     for task in waiting:
@@ -76,11 +77,10 @@ class Search:
         finally:
             for task in tasks:
                 for name in task.names:
-                    self.lowered.decisions[name] = (task.template.NAME, task.decision)
+                    self.lowered.decisions[name] = (task.choice.template, task.choice.decision)
         return self._report(tasks, time.perf_counter() - begin, stopped)
 
     def _tasks(self) -> list[Task]:
-        from graphopt.targets import schedules
         from graphopt.targets.relax import pipeline
         from graphopt.targets.schedules.workload import Workload
 
@@ -88,22 +88,20 @@ class Search:
         found: dict[Key, Task] = {}
         for name, func in pipeline.prim_funcs(self.lowered.module).items():
             workload = Workload(func.with_attr("global_symbol", "main"), self.target.machine())
-            template, space = schedules.choose(workload)
-            if template.NAME == "generic":
+            choices = schedules.choices(workload)
+            if choices[0].template == "generic":
                 continue
-            key = Key(
-                workload_digest(workload.func), self.target.llvm_cpu, self.target.thread_count,
-                template.NAME, template.VERSION,
-            )  # fmt: skip
+            key = Key(workload_digest(workload.func), self.target.llvm_cpu, self.target.thread_count)
             calls = counts.get(name, 1)
             if key in found:
                 found[key].names.append(name)
                 found[key].calls += calls
                 continue
-            task = Task([name], workload, template, space, key, calls, _macs(workload), space[0])
+            task = Task([name], workload, choices, key, calls, _macs(workload), choices[0])
             known = self.database.find(key)
-            if known is not None and known.decision in space:
-                task.decision, task.time_us, task.from_database = known.decision, known.time_us, known.complete
+            if known is not None and _is_current(known) and Choice(known.template, known.decision) in choices:
+                task.choice = Choice(known.template, known.decision)
+                task.time_us, task.from_database = known.time_us, known.complete
             found[key] = task
         return sorted(found.values(), key=lambda t: -t.macs * t.calls)
 
@@ -116,27 +114,26 @@ class Search:
 
         arguments = measure.arguments_for(task.workload.func, self.seed)
         target = self.target.tvm_target()
-        best: tuple[float, dict[str, Any]] | None = None
+        best: tuple[float, Choice] | None = None
         since, tried, done = 0, 0, True
         try:
-            for decision in task.space[:MOST_CANDIDATES]:
+            for choice in task.choices[:MOST_CANDIDATES]:
                 if tried and time.perf_counter() >= deadline:
                     done = False
                     break
                 try:
-                    kernel = task.template.apply(task.workload, decision)
-                    taken = measure.Candidate(kernel, target).time_us(arguments)
+                    kernel = schedules.schedule(task.workload, choice)
+                    taken = measure.Candidate(kernel.func, target).time_us(measure.repacked(arguments, kernel))
                 except (InternalError, ScheduleError) as error:
-                    self.progress.note(
-                        f"{task.names[0]}: {decision} cannot be built ({str(error).splitlines()[-1][:80]})"
-                    )
+                    reason = str(error).splitlines()[-1][:80]
+                    self.progress.note(f"{task.names[0]}: {choice} cannot be built ({reason})")
                     continue
                 finally:
                     tried += 1
                     self.trials += 1
                 since = 0 if best is None or taken < 0.99 * best[0] else since + 1
                 if best is None or taken < best[0]:
-                    best = taken, decision
+                    best = taken, choice
                 if since >= PATIENCE:
                     break
         except KeyboardInterrupt:
@@ -144,8 +141,10 @@ class Search:
             raise
         finally:
             if best is not None:
-                task.time_us, task.decision = best
-                self.database.add(task.key, Record(best[1], best[0], tried, done))
+                task.time_us, task.choice = best
+                version = schedules.template_named(task.choice.template).VERSION
+                record = Record(task.choice.template, version, task.choice.decision, best[0], tried, done)
+                self.database.add(task.key, record)
         return done
 
     def _report(self, tasks: list[Task], seconds: float, stopped: bool) -> TuningReport:
@@ -155,15 +154,15 @@ class Search:
             rows.append(
                 {
                     "workload": task.names[0],
-                    "template": task.template.NAME,
-                    "decision": dict(task.decision),
+                    "template": task.choice.template,
+                    "decision": dict(task.choice.decision),
                     "time_us": None if task.time_us is None else round(task.time_us, 2),
                     "gflops": gflops,
                     "calls": task.calls,
                 }
             )
         chosen = sorted(
-            (t.key.workload, t.key.template, t.key.version, json.dumps(t.decision, sort_keys=True)) for t in tasks
+            (t.key.workload, t.choice.template, json.dumps(t.choice.decision, sort_keys=True)) for t in tasks
         )
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
         known = sum(t.from_database for t in tasks)
@@ -173,6 +172,11 @@ class Search:
 def workload_digest(func) -> str:
     """sha256 of the function's text: equal for equal computations, in every process."""
     return hashlib.sha256(func.script(show_meta=False).encode()).hexdigest()
+
+
+def _is_current(record: Record) -> bool:
+    """False where the template is gone or has changed since."""
+    return any((record.template, record.version) == (t.NAME, t.VERSION) for t in schedules.TEMPLATES)
 
 
 def _macs(workload) -> int:
