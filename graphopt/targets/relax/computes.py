@@ -16,6 +16,8 @@ import numpy as np
 
 ROW = "graphopt.row"
 """Block annotation: how many positions in a row read neighbouring positions of the input."""
+WINDOW = "graphopt.window"
+"""Block annotation of `conv2d`: H, W, oH, oW, strides (2), pads (top, left), dilations (2), groups."""
 COLUMNS = "graphopt.columns"
 """Block annotation: columns of the packed weight's block."""
 
@@ -59,7 +61,10 @@ def conv2d(
         (batch, out_blocks, out_h * out_w, lanes),
         cell,
         name="conv2d",
-        attrs={ROW: out_h * out_w if dense else out_w},
+        attrs={
+            ROW: out_h * out_w if dense else out_w,
+            WINDOW: [*size, *out_size, *strides, *pads[:2], *dilations, groups],
+        },
     )
 
 
