@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -56,6 +58,99 @@ def test_feeds_may_be_strided_or_narrower(built):
     wide = uniform(3, 3, 4)
     found = engine.run({"x": wide.T[:2, :], "z": np.arange(3, dtype=np.float64)})
     np.testing.assert_array_equal(found["same"], wide.T[:2, :])
+
+
+def _aligned(array):
+    found = tvm_engine.aligned_empty(array.shape, array.dtype)
+    found[...] = array
+    return found
+
+
+@pytest.mark.parametrize("place", [_aligned, lambda a: a, lambda a: np.concatenate([a, a])[1:3]])
+def test_feeds_are_left_alone_wherever_they_lie(built, place):
+    engine = TvmEngine(built, 1)
+    for seed in (1, 2, 3):
+        feeds = {name: place(array) for name, array in _feeds(seed).items() if name == "x"} | {"z": uniform(9, 3)}
+        kept = {name: array.copy() for name, array in feeds.items()}
+        found = engine.run(feeds)
+        np.testing.assert_array_equal(found["y"], np.maximum(feeds["x"] + feeds["z"], 0))
+        found["same"][...] = -1  # an output that is a copy of an input is not the input
+        found["y"][...] = -1
+        for name, array in kept.items():
+            np.testing.assert_array_equal(feeds[name], array)
+
+
+def test_an_aligned_feed_is_read_where_it_lies(built):
+    slot = TvmEngine(built, 1)._inputs[0]
+    aligned = _aligned(uniform(1, 2, 3))
+    assert slot.tensor_of({"x": aligned}).data_ptr() == aligned.ctypes.data
+    locked = _aligned(uniform(1, 2, 3))
+    locked.flags.writeable = False
+    reversed_ = _aligned(uniform(1, 2, 3))[:, ::-1]
+    for array in (locked, reversed_, aligned.astype(">f4")):
+        tensor = slot.tensor_of({"x": array})
+        assert tensor.data_ptr() == slot.copy.ctypes.data
+        np.testing.assert_array_equal(np.from_dlpack(tensor), array)
+
+
+def test_outputs_that_share_memory_are_told_apart(tmp_path):
+    """y and its reshaped view, the input itself, and a constant: each output may be written to by its owner."""
+    feeds = {"x": uniform(1, 4, 4)}
+    nodes = [
+        node("Relu", ["x"], ["y"]),
+        node("Reshape", ["y", "shape"], ["row"]),
+        node("Identity", ["x"], ["x_again"]),
+        node("Reshape", ["x", "shape"], ["x_row"]),
+        node("Identity", ["c"], ["constant"]),
+    ]
+    names = ["y", "row", "x_again", "x_row", "constant"]
+    constants = {"shape": np.array([16], np.int64), "c": uniform(2, 3)}
+    TARGET.build(TARGET.lower(model(nodes, feeds, names, constants)), tmp_path)
+    engine = TvmEngine(tmp_path, 1)
+    for seed in (1, 2, 3):
+        x = _aligned(uniform(seed, 4, 4))
+        kept = x.copy()
+        found = engine.run({"x": x})
+        wanted = {"y": np.maximum(kept, 0), "x_again": kept, "constant": uniform(2, 3)}
+        wanted |= {"row": wanted["y"].reshape(16), "x_row": kept.reshape(16)}
+        for name in names:
+            np.testing.assert_array_equal(found[name], wanted[name])
+            found[name][...] = 7  # would show in the outputs still to come, in x, or in the next call
+        np.testing.assert_array_equal(x, kept)
+
+
+def test_engines_with_different_threads_take_turns(built):
+    """The pool belongs to the calling thread, not to the engine."""
+    import tvm_ffi
+
+    if tvm_engine.available_processors() < 2:
+        pytest.skip("not so many processors")
+    engines = {threads: TvmEngine(built, threads) for threads in (1, 2)}
+    for threads in (1, 2, 1, 2, 2, 1):
+        engines[threads].run(_feeds())
+        assert tvm_ffi.get_global_func("runtime.NumThreads")() == threads
+
+
+def test_workers_sleep_soon_after_a_call(tmp_path):
+    """In a process of its own: how long TVM's workers spin is read once."""
+    if tvm_engine.available_processors() < 2:
+        pytest.skip("not so many processors")
+    feeds = {"x": uniform(1, 64, 4096)}
+    Cpu(threads=2).build(Cpu(threads=2).lower(model([node("Relu", ["x"], ["y"])], feeds, ["y"])), tmp_path)
+    code = f"""
+import resource, time
+import numpy as np
+from graphopt.runtime.tvm_engine import TvmEngine
+engine = TvmEngine({str(tmp_path)!r}, 2)
+feeds = {{"x": np.ones((64, 4096), np.float32)}}
+for _ in range(3):
+    engine.run(feeds)
+before = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.02
 
 
 @pytest.mark.parametrize(
