@@ -15,7 +15,7 @@ Loop Transformations, ACM TOPLAS 18(4), 1996, section 3 (memory order).
 from __future__ import annotations
 
 from graphopt.targets.schedules.workload import (
-    PARALLEL_WORK,
+    PARALLEL_ELEMENTS,
     Decision,
     Kernel,
     Workload,
@@ -84,7 +84,7 @@ def _schedule_block(schedule, block, workload: Workload) -> None:
     total = 1
     for size in sizes:
         total *= size
-    parallel = total >= PARALLEL_WORK and workload.machine.threads != 1
+    parallel = total >= PARALLEL_ELEMENTS and workload.machine.threads != 1
     lanes = workload.machine.lanes
     last = spatial[-1]
     width = loop_extents(schedule, [last])[0]
@@ -121,7 +121,7 @@ def _schedule_block(schedule, block, workload: Workload) -> None:
         return
     if len(spatial) > 1 and parallel:
         schedule.parallel(schedule.fuse(*spatial[:-1]))
-    elif parallel and width >= PARALLEL_WORK:
+    elif parallel and width >= PARALLEL_ELEMENTS:
         pieces, _ = schedule.split(last, [64, None]) if width % 64 == 0 else (last, None)
         schedule.parallel(pieces)
 

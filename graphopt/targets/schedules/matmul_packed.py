@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from graphopt.targets.relax.computes import COLUMNS
 from graphopt.targets.schedules.workload import (
-    PARALLEL_WORK,
+    PARALLEL_ELEMENTS,
     Decision,
     Kernel,
     Workload,
@@ -50,7 +50,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     block = workload.blocks["packed_matmul"]
     nb = annotation(block, COLUMNS)
     lanes = workload.machine.lanes
-    parallel = work(block) >= PARALLEL_WORK and workload.machine.threads != 1
+    parallel = work(block) >= PARALLEL_ELEMENTS and workload.machine.threads != 1
     schedule = new_schedule(workload.func)
     after = list(workload.blocks)[list(workload.blocks).index("packed_matmul") + 1 :]
     anchor = schedule.get_sblock("packed_matmul")
