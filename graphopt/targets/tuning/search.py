@@ -1,185 +1,212 @@
 """Choose a decision for every kernel: from the database, else by building and timing candidates.
 
-Kernels are searched in the order of the arithmetic they do in one run of the model. Each gets the first candidates of
-its template's space, which is ordered by prediction; the search of a kernel ends early when candidates stop helping.
+Processes build candidates on all processors while this one times those that are done (they stop for as long as a
+timing lasts). First every kernel gets a time, of its best guess, the largest kernels first. Then each next trial goes
+to the kernel where it may save most in a run of the model: the kernel's share of the time, its distance to the
+roofline, and how long its last candidates brought nothing. A kernel's search ends when candidates stop helping.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.progress import Progress
+from graphopt.progress import Advance, Progress
 from graphopt.targets import schedules
 from graphopt.targets.base import TuningReport
-from graphopt.targets.schedules import Choice
-from graphopt.targets.tuning.database import Database, Key, Record
+from graphopt.targets.tuning import database as databases
+from graphopt.targets.tuning.build_pool import BuildPool
+from graphopt.targets.tuning.build_worker import Built, Order
+from graphopt.targets.tuning.cost_model import Roofline
+from graphopt.targets.tuning.database import Database
+from graphopt.targets.tuning.measure import Bench
+from graphopt.targets.tuning.task import Task, unfinished
+from graphopt.targets.tuning.tasks import constant_bytes, find_tasks
 
 if TYPE_CHECKING:
     from graphopt.targets.cpu import Cpu, LoweredModel
 
-MOST_CANDIDATES = 12
-PATIENCE = 5
-"""Candidates in a row that bring less than 1 % before a kernel's search ends."""
-
-
-@dataclass
-class Task:
-    """One kernel with a space to search, and what is known of it."""
-
-    names: list[str]
-    workload: Any
-    choices: list[Choice]
-    key: Key
-    calls: int
-    macs: int
-    choice: Choice
-    time_us: float | None = None
-    from_database: bool = False
+CLOSE = 1.06
+"""A candidate within this factor of the best is timed again, in turns with the best."""
+FLUSH_S = 20.0
+"""Unfinished searches are recorded this often, so that a crash loses little."""
 
 
 class Search:
-    """The tuner of one model."""
+    """The tuner of one model.
 
-    def __init__(self, lowered: LoweredModel, target: Cpu, database: Path, seed: int, progress: Progress):
+    `fresh` searches again what the database knows. `everything` also times kernels that have no choice, so that the
+    report's rows add up to a run of the model.
+    """
+
+    def __init__(
+        self,
+        lowered: LoweredModel,
+        target: Cpu,
+        database: Path,
+        seed: int,
+        progress: Progress,
+        *,
+        fresh: bool = False,
+        everything: bool = False,
+    ):
         self.lowered = lowered
         self.target = target
-        self.seed = seed
         self.progress = progress
         self.database = Database(database)
         if self.database.skipped:
             progress.note(f"{self.database.skipped} unreadable lines of {database} skipped")
+        self.everything = everything
         self.trials = 0
+        self.roofline = Roofline()
+        self.tasks = find_tasks(lowered, target, None if fresh else self.database, everything)
+        self._bench = Bench(constant_bytes(lowered.module), seed)
+        self._recorded: dict[int, int] = {}
+        self._flushed = 0.0
 
     def run(self, seconds: float) -> TuningReport:
         """Search for at most about `seconds`; KeyboardInterrupt is raised again with the best so far recorded."""
         begin = time.perf_counter()
-        deadline = begin + seconds
-        tasks = self._tasks()
+        self._flushed = begin
         stopped = False
+        for task in self.tasks:
+            if task.known is not None:
+                self.roofline.observe(task.cost, task.known.time_us)
+        waiting = unfinished(self.tasks, self.roofline)
         try:
-            waiting = [t for t in tasks if not t.from_database and len(t.choices) > 1]
             if seconds > 0 and waiting:
                 with self.progress.task("tune", len(waiting)) as advance:
-                    for task in waiting:
-                        if time.perf_counter() >= deadline:
-                            stopped = True
-                            break
-                        stopped |= not self._search(task, deadline)
-                        advance(1)
+                    stopped = not self._explore(begin + seconds, advance)
             elif waiting:
                 stopped = True
         finally:
-            for task in tasks:
+            self._record_all()
+            for task in self.tasks:
                 for name in task.names:
                     self.lowered.decisions[name] = (task.choice.template, task.choice.decision)
-        return self._report(tasks, time.perf_counter() - begin, stopped)
+        return self._report(time.perf_counter() - begin, stopped)
 
-    def _tasks(self) -> list[Task]:
-        from graphopt.targets.relax import pipeline
-        from graphopt.targets.schedules.workload import Workload
+    def _explore(self, deadline: float, advance: Advance) -> bool:
+        """Build and time candidates; False when time ran out before all searches had ended."""
+        from graphopt.runtime.tvm_engine import set_threads
 
-        counts = pipeline.call_counts(self.lowered.module)
-        found: dict[Key, Task] = {}
-        for name, func in pipeline.prim_funcs(self.lowered.module).items():
-            workload = Workload(func.with_attr("global_symbol", "main"), self.target.machine())
-            choices = schedules.choices(workload)
-            if choices[0].template == "generic":
-                continue
-            key = Key(workload_digest(workload.func), self.target.llvm_cpu, self.target.thread_count)
-            calls = counts.get(name, 1)
-            if key in found:
-                found[key].names.append(name)
-                found[key].calls += calls
-                continue
-            task = Task([name], workload, choices, key, calls, _macs(workload), choices[0])
-            known = self.database.find(key)
-            if known is not None and _is_current(known) and Choice(known.template, known.decision) in choices:
-                task.choice = Choice(known.template, known.decision)
-                task.time_us, task.from_database = known.time_us, known.complete
-            found[key] = task
-        return sorted(found.values(), key=lambda t: -t.macs * t.calls)
+        set_threads(self.target.thread_count)
+        open_tasks = unfinished(self.tasks, self.roofline)
+        with BuildPool(usable_processors()) as pool:
+            while True:
+                while pool.has_room and time.perf_counter() < deadline and self._submit(pool, open_tasks):
+                    pass
+                if not pool.in_flight:
+                    return not unfinished(open_tasks, self.roofline)
+                remaining = deadline - time.perf_counter()
+                result = pool.next_result(remaining) if remaining > 0 else None
+                if result is None:
+                    return False
+                (task, position), built = result
+                with pool.quiet(self.target.thread_count):
+                    self._time(task, position, built)
+                for done in [t for t in open_tasks if not t.pending and t.finished(self.roofline)]:
+                    open_tasks.remove(done)
+                    self._record(done, complete=True)
+                    done.run = None
+                    advance(1)
+                if time.perf_counter() - self._flushed > FLUSH_S:
+                    self._flushed = time.perf_counter()
+                    self._record_all()
 
-    def _search(self, task: Task, deadline: float) -> bool:
-        """Try candidates; record the best. False when time ran out before the search was done."""
-        from tvm.error import InternalError
-        from tvm.s_tir.schedule import ScheduleError
+    def _submit(self, pool: BuildPool, tasks: list[Task]) -> bool:
+        """Give the pool the candidate that may save most; False when none is worth a trial."""
+        worthy = unfinished(tasks, self.roofline)
+        if not worthy:
+            return False
+        task = max(worthy, key=lambda t: t.priority(self.roofline))
+        position = task.next_position()
+        task.pending.add(position)
+        order = Order(task.plain_workload, task.choices[position], task.constants, self._compiled_for, pool.library())
+        pool.submit((task, position), order)
+        return True
 
-        from graphopt.targets.tuning import measure
+    @property
+    def _compiled_for(self) -> Any:
+        return self.target.tvm_target()
 
-        arguments = measure.arguments_for(task.workload.func, self.seed)
-        target = self.target.tvm_target()
-        best: tuple[float, Choice] | None = None
-        since, tried, done = 0, 0, True
+    def _time(self, task: Task, position: int, built: Built) -> None:
+        """Time a candidate, in turns with the best where the two are close."""
+        self.trials += 1
+        if built.problem:
+            task.fail(position)
+            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot be built ({built.problem})")
+            return
         try:
-            for choice in task.choices[:MOST_CANDIDATES]:
-                if tried and time.perf_counter() >= deadline:
-                    done = False
-                    break
-                try:
-                    kernel = schedules.schedule(task.workload, choice)
-                    taken = measure.Candidate(kernel.func, target).time_us(measure.repacked(arguments, kernel))
-                except (InternalError, ScheduleError) as error:
-                    reason = str(error).splitlines()[-1][:80]
-                    self.progress.note(f"{task.names[0]}: {choice} cannot be built ({reason})")
-                    continue
-                finally:
-                    tried += 1
-                    self.trials += 1
-                since = 0 if best is None or taken < 0.99 * best[0] else since + 1
-                if best is None or taken < best[0]:
-                    best = taken, choice
-                if since >= PATIENCE:
-                    break
-        except KeyboardInterrupt:
-            done = False
-            raise
-        finally:
-            if best is not None:
-                task.time_us, task.choice = best
-                version = schedules.template_named(task.choice.template).VERSION
-                record = Record(task.choice.template, version, task.choice.decision, best[0], tried, done)
-                self.database.add(task.key, record)
-        return done
+            run = _load(built.library)["main"], self._bench.arguments(built.parameters)
+            time_us, best_us = self._bench.time_us(*run), None
+            if task.run is not None and time_us < CLOSE * (task.time_us or 0.0):
+                best_us, time_us = self._bench.duel(task.run, run)
+        except (RuntimeError, ValueError, TypeError) as error:  # what a kernel's own checks raise
+            task.fail(position)
+            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({_last_line(error)})")
+            return
+        task.settle(position, time_us, best_us, run)
+        self.roofline.observe(task.cost, task.times[task.best])
 
-    def _report(self, tasks: list[Task], seconds: float, stopped: bool) -> TuningReport:
-        rows: list[Mapping[str, Any]] = []
-        for task in tasks:
-            gflops = None if not task.time_us else round(2 * task.macs / task.time_us / 1e3, 1)
-            rows.append(
-                {
-                    "workload": task.names[0],
-                    "template": task.choice.template,
-                    "decision": dict(task.choice.decision),
-                    "time_us": None if task.time_us is None else round(task.time_us, 2),
-                    "gflops": gflops,
-                    "calls": task.calls,
-                }
-            )
+    def _record_all(self) -> None:
+        for task in self.tasks:
+            if task.times and task.known is None:
+                self._record(task, complete=not task.pending and task.finished(self.roofline))
+
+    def _record(self, task: Task, complete: bool) -> None:
+        """Append what is new about a task to the database."""
+        if not task.times or self._recorded.get(id(task)) == len(task.tried):
+            return
+        self._recorded[id(task)] = len(task.tried)
+        version = schedules.template_named(task.choice.template).VERSION
+        self.database.add(task.key, task.record(version, databases.compiler_version(), complete))
+
+    def _report(self, seconds: float, stopped: bool) -> TuningReport:
         chosen = sorted(
-            (t.key.workload, t.choice.template, json.dumps(t.choice.decision, sort_keys=True)) for t in tasks
+            (t.key.workload, t.choice.template, json.dumps(t.choice.decision, sort_keys=True)) for t in self.tasks
         )
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-        known = sum(t.from_database for t in tasks)
-        return TuningReport(len(tasks), known, self.trials, seconds, digest, tuple(rows), stopped)
+        known = sum(t.known is not None for t in self.tasks)
+        rows = tuple(_row(task) for task in self.tasks)
+        return TuningReport(len(self.tasks), known, self.trials, seconds, digest, rows, stopped)
 
 
-def workload_digest(func) -> str:
-    """sha256 of the function's text: equal for equal computations, in every process."""
-    return hashlib.sha256(func.script(show_meta=False).encode()).hexdigest()
+def usable_processors() -> list[int]:
+    """The processors this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def _is_current(record: Record) -> bool:
-    """False where the template is gone or has changed since."""
-    return any((record.template, record.version) == (t.NAME, t.VERSION) for t in schedules.TEMPLATES)
+def _row(task: Task) -> Mapping[str, Any]:
+    gflops = None if not task.time_us else round(2 * task.cost.macs / task.time_us / 1e3, 1)
+    return {
+        "workload": task.names[0],
+        "template": task.choice.template,
+        "decision": dict(task.choice.decision),
+        "time_us": None if task.time_us is None else round(task.time_us, 2),
+        "gflops": gflops,
+        "calls": task.calls,
+        "trials": len(task.times) + len(task.failed) if task.known is None else task.known.trials,
+        "from_database": task.known is not None,
+        "kind": task.cost.kind,
+    }
 
 
-def _macs(workload) -> int:
-    from graphopt.targets.schedules.workload import work
+def _load(library: str) -> Any:
+    import tvm
 
-    return max(work(block) for block in workload.blocks.values())
+    module = tvm.runtime.load_module(library)
+    with contextlib.suppress(OSError):
+        os.unlink(library)  # it stays mapped
+    return module
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:160] if lines else type(error).__name__

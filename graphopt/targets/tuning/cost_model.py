@@ -1,0 +1,57 @@
+"""What a kernel can cost at least, and which tiles cannot be good: arithmetic against memory, registers, caches.
+
+The roofline of Williams, Waterman, Patterson (CACM 52(4), 2009): a kernel takes at least its arithmetic at the peak,
+and at least its traffic at the bandwidth of where its operands are. The peak is what the best kernel seen so far
+reached, so that the bound needs no calibration and holds for every processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+FAR_GBYTES_PER_S = 30.0
+"""What a core streams from the third-level cache; constants come from there or from further away."""
+NEAR_GBYTES_PER_S = 100.0
+"""What it reads and writes of activations that the kernel before left in the second-level cache."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of a kernel."""
+
+    macs: int
+    """Multiply-accumulates, or iterations of its largest block."""
+    constant_bytes: int
+    variable_bytes: int
+    kind: str
+    """Element type of its constants: kernels of one kind have one peak."""
+
+    def traffic_us(self) -> float:
+        return self.constant_bytes / FAR_GBYTES_PER_S / 1e3 + self.variable_bytes / NEAR_GBYTES_PER_S / 1e3
+
+
+@dataclass
+class Roofline:
+    """The best rate seen of each kind of kernel, in multiply-accumulates a microsecond."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def observe(self, cost: Cost, time_us: float) -> None:
+        self.rates[cost.kind] = max(self.rates.get(cost.kind, 0.0), cost.macs / max(time_us, 1e-3))
+
+    def bound_us(self, cost: Cost) -> float:
+        """A time this kernel will hardly beat; 0 before anything of its kind was seen."""
+        rate = self.rates.get(cost.kind)
+        return max(cost.macs / rate, cost.traffic_us()) if rate else 0.0
+
+
+def fits_registers(accumulators: int, operands: int, registers: int) -> bool:
+    """True when a tile's accumulators and the operands that live beside them need no spill."""
+    return accumulators + operands <= registers
+
+
+def smallest_cache(nbytes: int, sizes: Iterable[int]) -> int:
+    """The level, from 0, of the first cache that holds `nbytes`; the number of caches where none does."""
+    sizes = list(sizes)
+    return next((level for level, size in enumerate(sizes) if nbytes <= size), len(sizes))

@@ -1,0 +1,46 @@
+"""What a measured decision is valid for: the computation by meaning, and the processor by what its code may use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphopt.targets.schedules.workload import Workload
+
+_CLASSES: tuple[tuple[str, frozenset[str]], ...] = (
+    ("avx512-amx", frozenset({"avx512f", "amx_bf16"})),
+    ("avx512-bf16", frozenset({"avx512f", "avx512_bf16"})),
+    ("avx512-vnni", frozenset({"avx512f", "avx512_vnni"})),
+    ("avx512", frozenset({"avx512f"})),
+    ("avx2-vnni", frozenset({"avx2", "avx_vnni"})),
+    ("avx2", frozenset({"avx2"})),
+)
+"""Richest first."""
+
+
+def isa_class(arch: str, features: frozenset[str]) -> str:
+    """The class of processors that share decisions: those whose code uses the same vectors and dot products."""
+    if arch == "aarch64":
+        return "neon"
+    return next((name for name, needed in _CLASSES if needed <= features), "sse")
+
+
+def workload_digest(workload: Workload, constants: Iterable[int] = (), without: Iterable[str] = ()) -> str:
+    """Digest of a kernel, 24 hexadecimal digits: equal for equal computations, whatever their names, in every process.
+
+    `constants` are the indices of parameters that hold constants (a template may have them repacked). `without` are
+    ideas switched off: what they leave of the space is another search.
+    """
+    import tvm_ffi
+
+    func = workload.func
+    for attribute in ("global_symbol", "op_pattern"):
+        if func.attrs is not None and attribute in func.attrs:
+            func = func.without_attr(attribute)
+    structure = tvm_ffi.structural_hash(func) & (1 << 64) - 1  # names do not enter it
+    blocks = list(workload.blocks)  # but templates know blocks by name
+    parameters = [(str(p.ty.dtype), *map(str, p.ty.shape)) for p in func.params]
+    content = (structure, blocks, parameters, sorted(set(constants)), sorted(without))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
