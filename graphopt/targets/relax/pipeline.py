@@ -54,11 +54,26 @@ def with_kernels(module, kernels: Mapping[str, Kernel]):
     """The module with these kernels in place of the PrimFuncs of the same name, and their constants repacked."""
     import tvm
 
-    functions = {}
+    functions: dict[Any, Any] = {}
     for gvar, func in module.functions_items():
         kernel = kernels.get(gvar.name_hint)
-        functions[gvar] = func if kernel is None else kernel.func.without_attr("global_symbol")
+        if kernel is None:
+            functions[gvar] = func
+        else:
+            functions[_named(gvar, kernel)] = kernel.func.without_attr("global_symbol")
     return repack_constants(tvm.IRModule(functions), kernels)
+
+
+def _named(gvar, kernel: Kernel):
+    """The kernel's name; one of its own where repacking changes the types of its parameters."""
+    import tvm
+    from tvm.relax import expr
+
+    if not kernel.repack:
+        return gvar
+    fresh = tvm.ir.GlobalVar(gvar.name_hint)
+    expr._update_type(fresh, kernel.func.ty)
+    return fresh
 
 
 def repack_constants(module, kernels: Mapping[str, Kernel]):
@@ -90,7 +105,8 @@ def repack_constants(module, kernels: Mapping[str, Kernel]):
         arguments = list(packed.fields)
         for index in wanted[name]:
             arguments[index] = repacked(name, index, arguments[index])
-        changed = relax.Call(call.op, [call.args[0], relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
+        callee = module.get_global_var(name)
+        changed = relax.Call(call.op, [callee, relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
         return relax.VarBinding(binding.var, changed)
 
     main = module["main"]
