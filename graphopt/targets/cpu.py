@@ -23,6 +23,9 @@ from graphopt.errors import SpecError, TargetError
 from graphopt.progress import SILENT, Progress
 from graphopt.targets.base import Diagnosis, Lowered, Target, TuningReport
 
+PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
+"""What `precision` may be, and what it then is."""
+BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
 TVM_PIN = "0.27.0.post1"
 FFI_PIN = "0.1.14.post1"
 
@@ -42,7 +45,7 @@ class LoweredModel:
 class Cpu(Target):
     """`cpu{mcpu=cascadelake,threads=1}`: `mcpu` is LLVM's name or `native`; `threads` 0 means all processors.
 
-    `precision` is `float32` or `bfloat16`: what images are stored as between kernels. `without` names templates and
+    `precision` is `float32` or `bfloat16` (or `bf16`): what images and weights are stored as between kernels. `without` names templates and
     ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what each brings.
     """
 
@@ -55,6 +58,9 @@ class Cpu(Target):
     def __post_init__(self):
         if self.threads < 0:
             raise ValueError(f"threads must be 0 (all) or more, not {self.threads}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
+        object.__setattr__(self, "precision", PRECISIONS[self.precision])
         if self.mcpu != "native" and self.mcpu not in X86_FEATURES:
             capabilities.x86_for_mcpu(self.mcpu)  # raises, with the nearest name
 
@@ -86,6 +92,14 @@ class Cpu(Target):
         if self._arch == "aarch64":
             return capabilities.host_capabilities()
         return capabilities.x86_capabilities(self.features)
+
+    def check_precision(self) -> None:
+        """Raises TargetError where the processor has no instructions for `precision`."""
+        if self.precision == "bfloat16" and not self.features & BFLOAT16_FEATURES:
+            raise TargetError(
+                f"{self.llvm_cpu} has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FEATURES))})",
+                hint="use precision float32",
+            )
 
     def machine(self):
         """What schedules need to know."""
@@ -123,7 +137,8 @@ class Cpu(Target):
         """
         from graphopt.targets.relax import importer, pipeline
 
-        imported = importer.import_model(model, self.capabilities.float_lanes)
+        self.check_precision()
+        imported = importer.import_model(model, self.capabilities.float_lanes, self.precision)
         module = pipeline.fuse(imported)
         result = imported["main"].ret_ty
         fields = list(result.fields) if hasattr(result, "fields") else [result]

@@ -4,6 +4,8 @@ Activations of images are kept in *blocked* form: (N, C / block, H * W, block), 
 to a multiple of `block`. The block is one vector register, so every kernel vectorises over it; H and W stay one axis,
 so a register tile of a 1x1 convolution may cross rows and an elementwise epilogue tiles exactly like its producer.
 
+Operands may be float32 or bfloat16 (see `bfloat16`); sums, and so results, are float32.
+
 Block names are what schedule templates match on: `conv2d`, `depthwise`, `window_max`, `window_sum`, `packed_matmul`.
 """
 
@@ -13,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from graphopt.targets.relax.bfloat16 import DTYPE, widen
 
 ROW = "graphopt.row"
 """Block annotation: how many positions in a row read neighbouring positions of the input."""
@@ -54,7 +58,9 @@ def conv2d(
     def cell(n, o, p, v):
         block = ico if groups == 1 else (o // per_group) * in_blocks + ico
         y, x = _position(p, out_w, strides, dilations, kh, kw)
-        return te.sum(padded(n, block, y, x, ici) * weight[o, ico, kh, kw, ici, v], axis=[ico, kh, ici, kw])
+        return te.sum(
+            widen(padded(n, block, y, x, ici)) * widen(weight[o, ico, kh, kw, ici, v]), axis=[ico, kh, ici, kw]
+        )
 
     dense = kernel == (1, 1) and strides == (1, 1) and not any(pads)
     return te.compute(
@@ -89,7 +95,7 @@ def depthwise(
 
     def cell(n, c, p, v):
         y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-        return te.sum(padded(n, c, y, x, v) * weight[c, kh, kw, v], axis=[kh, kw])
+        return te.sum(widen(padded(n, c, y, x, v)) * weight[c, kh, kw, v], axis=[kh, kw])
 
     shape = (batch, blocks, out_size[0] * out_size[1], lanes)
     return te.compute(shape, cell, name="depthwise", attrs={ROW: out_size[1]})
@@ -115,19 +121,19 @@ def pool2d(
     kw = te.reduce_axis((0, kernel[1]), "kw")
     out_shape = (batch, blocks, out_size[0] * out_size[1], lanes)
     if kind == "max":
-        lowest = float(np.finfo("float32").min) if "float" in str(data.dtype) else float(np.iinfo(str(data.dtype)).min)
+        lowest = _lowest(str(data.dtype))
         padded = _padded(data, size, pads, lowest)
 
         def largest(n, c, p, v):
             y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-            return te.max(padded(n, c, y, x, v), axis=[kh, kw])
+            return te.max(_computed(padded(n, c, y, x, v), str(data.dtype)), axis=[kh, kw])
 
         return te.compute(out_shape, largest, name="window_max", attrs={ROW: out_size[1]})
     padded = _padded(data, size, pads, 0.0)
 
     def total(n, c, p, v):
         y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-        return te.sum(padded(n, c, y, x, v), axis=[kh, kw])
+        return te.sum(widen(padded(n, c, y, x, v)), axis=[kh, kw])
 
     sums: Any = te.compute(out_shape, total, name="window_sum", attrs={ROW: out_size[1]})
     area = kernel[0] * kernel[1]
@@ -154,7 +160,7 @@ def spatial_sum(data, *, mean: bool):
     batch, blocks, area, lanes = _dims(data)
     p = te.reduce_axis((0, area), "p")
     total: Any = te.compute(
-        (batch, blocks, 1, lanes), lambda n, c, one, v: te.sum(data[n, c, p, v], axis=p), name="spatial_sum"
+        (batch, blocks, 1, lanes), lambda n, c, one, v: te.sum(widen(data[n, c, p, v]), axis=p), name="spatial_sum"
     )
     if not mean:
         return total
@@ -170,7 +176,9 @@ def spatial_max(data):
     batch, blocks, area, lanes = _dims(data)
     p = te.reduce_axis((0, area), "p")
     return te.compute(
-        (batch, blocks, 1, lanes), lambda n, c, one, v: te.max(data[n, c, p, v], axis=p), name="spatial_max"
+        (batch, blocks, 1, lanes),
+        lambda n, c, one, v: te.max(_computed(data[n, c, p, v], str(data.dtype)), axis=p),
+        name="spatial_max",
     )
 
 
@@ -183,7 +191,7 @@ def matmul(data, weight, *, columns: int):
     lead = _dims(data)[:-1]
     product: Any = te.compute(
         (*lead, tiles * block),
-        lambda *i: te.sum(data[(*i[:-1], k)] * weight[i[-1] // block, k, i[-1] % block], axis=k),
+        lambda *i: te.sum(widen(data[(*i[:-1], k)]) * widen(weight[i[-1] // block, k, i[-1] % block]), axis=k),
         name="packed_matmul",
         attrs={COLUMNS: block},
     )
@@ -235,6 +243,18 @@ def dilate(data, *, size: tuple[int, int], strides: tuple[int, int]):
         return tirx.if_then_else(there, data[n, c, (y // s_h) * width + x // s_w, v], zero)
 
     return te.compute((batch, blocks, high * wide, lanes), cell, name="dilate")
+
+
+def _computed(x, dtype: str):
+    """An element as it is computed with: bfloat16 in float32, integers as they are."""
+    return widen(x) if dtype == DTYPE else x
+
+
+def _lowest(dtype: str) -> float:
+    """The least finite number of a type."""
+    if dtype == DTYPE:
+        return -3.3895313892515355e38
+    return float(np.finfo(dtype).min) if "float" in dtype else float(np.iinfo(dtype).min)
 
 
 def _dims(tensor) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
         return None
     if data.blocked is None and (channels < 8 or (groups == 1 and channels % 2 and channels < builder.lanes)):
         lanes_in = 1  # read the plain tensor: its channels are planes
-        source = builder.reshape(builder.plain(data), (batch, channels, height * width, 1))
+        source = builder.reshape(builder.moved(data), (batch, channels, height * width, 1))
     else:
         source = builder.blocked(data)
         lanes_in = data.block
@@ -98,7 +98,7 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
     return builder.call(
         computes.conv2d,
         source,
-        builder.constant(packed),
+        builder.constant(builder.narrow_constant(packed)),
         groups=groups,
         pattern=FUSABLE_ROOT,
         **geometry,
@@ -174,9 +174,9 @@ def batch_norm(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     gamma, beta, mean, variance = (np.asarray(v.const, np.float64) for v in rest if v is not None)
     scale = gamma / np.sqrt(variance + float(node.get("epsilon", 1e-5)))
     shift = beta - mean * scale
-    builder.blocked(data)
+    source = builder.wide(data)
     factor = Value((1, scale.size, 1, 1), "float32", const=scale.astype(np.float32).reshape(1, -1, 1, 1))
-    scaled = builder.emit(relax.op.multiply(data.blocked, builder.operand(factor, data)))
+    scaled = builder.emit(relax.op.multiply(source, builder.operand(factor, data)))
     value = Value(data.shape, "float32", blocked=scaled, block=data.block)
     value.blocked = _add_channels(builder, value, shift.astype(np.float32))
     return [value]

@@ -25,7 +25,7 @@ import onnx.inliner
 import onnx_ir as ir
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
-from graphopt.targets.relax import constants, convolution, operators
+from graphopt.targets.relax import bfloat16, constants, convolution, operators
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.values import Builder, Value
 
@@ -35,8 +35,20 @@ _DTYPES = frozenset(
 )
 
 
-def import_model(model: ir.Model, lanes: int):
+_FUSED = frozenset(
+    ["Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Exp", "Swish", "Identity", "Dropout",
+     "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "BatchNormalization"]
+)  # fmt: skip
+"""Operators that run in the registers of the kernel before them."""
+_MOVES = frozenset(["Transpose", "Reshape", "Split", "Slice", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"])
+"""Operators that move elements of their first operand and look at none."""
+
+
+def import_model(model: ir.Model, lanes: int, precision: str = "float32"):
     """The Relax module of a model with static input shapes; its function is `main`.
+
+    `lanes` are the float32 lanes of a vector; `precision` is `float32` or `bfloat16` (see `values`). Inputs and outputs
+    of the graph keep their ONNX types in either.
 
     Inputs that are also initializers are constants. Raises UnsupportedOperatorError naming every operator that has no
     translation (and one node of each), and TargetError for anything else TVM refuses.
@@ -45,7 +57,7 @@ def import_model(model: ir.Model, lanes: int):
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     _check_operators(proto)
-    return _Importer(proto, lanes).run()
+    return _Importer(proto, lanes, precision).run()
 
 
 def _check_operators(proto: onnx.ModelProto) -> None:
@@ -68,13 +80,14 @@ def _label(node: onnx.NodeProto) -> str:
 
 
 class _Importer:
-    def __init__(self, proto: onnx.ModelProto, lanes: int):
+    def __init__(self, proto: onnx.ModelProto, lanes: int, precision: str):
         from tvm import relax
 
         self.proto = proto
-        self.builder = Builder(relax.BlockBuilder(), lanes)
+        self.builder = Builder(relax.BlockBuilder(), lanes, precision)
         self.opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.values: dict[str, Value] = {}
+        self.consumers = _consumers(proto.graph)
 
     def run(self):
         from tvm import relax
@@ -114,6 +127,7 @@ class _Importer:
         for name, value in zip(node.output, results, strict=False):
             if name:
                 self.values[name] = value
+                value.fuses = value.fuses and _fuses(name, self.consumers)
 
     def _folded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shape is not None:
@@ -148,9 +162,10 @@ class _Importer:
         from tvm.error import InternalError
         from tvm.relax.frontend.onnx import onnx_frontend
 
+        take = self.builder.moved if node.op_type in _MOVES else self.builder.plain
         operands = onnx_frontend.onnx_input()
         for value in inputs:
-            operands.append(None if value is None else self.builder.plain(value))
+            operands.append(None if value is None else take(value))
         repeated: Any = node.attribute
         attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(repeated)
         attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
@@ -204,7 +219,38 @@ class _Importer:
                 hint="the model can stay on ONNX Runtime",
             )
         dims: Any = shape.values
-        return Value(tuple(int(d) for d in dims), str(kind.dtype), plain=expression)
+        dtype = "float32" if str(kind.dtype) == bfloat16.DTYPE else str(kind.dtype)
+        return Value(tuple(int(d) for d in dims), dtype, plain=expression)
+
+
+def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto | None]]:
+    """The nodes that read each value, in graph order, each once; None stands for an output of the graph."""
+    found: dict[str, list[onnx.NodeProto | None]] = {}
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            found.setdefault(name, []).append(node)
+    for info in graph.output:
+        found.setdefault(info.name, []).append(None)
+    return found
+
+
+def _fuses(name: str, consumers: Mapping[str, list[onnx.NodeProto | None]]) -> bool:
+    """True when the readers of a value are elementwise and meet in the last of them: x, or x * sigmoid(x)."""
+    readers = consumers.get(name, [])
+    if not readers or any(node is None or node.op_type not in _FUSED for node in readers):
+        return False
+    last = readers[-1]
+    return all(_leads_to(node, last, consumers) for node in readers[:-1])
+
+
+def _leads_to(node: Any, last: Any, consumers: Mapping[str, list[onnx.NodeProto | None]]) -> bool:
+    """True when a chain of elementwise nodes, each with one reader, goes from `node` to `last`."""
+    while node is not last:
+        readers = consumers.get(node.output[0], [])
+        if len(readers) != 1 or readers[0] is None or readers[0].op_type not in _FUSED:
+            return False
+        node = readers[0]
+    return True
 
 
 def _constant(array: np.ndarray) -> Value:

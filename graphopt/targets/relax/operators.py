@@ -22,7 +22,8 @@ def _unary(builder: Builder, value: Value, function: Callable, name: str, dtype:
     expression = elementwise.mapped(function, name)
     dtype = dtype or value.dtype
     if value.blocked is not None:
-        done = builder.call(expression, value.blocked, pattern=ELEMENTWISE, name=name)
+        source = builder.wide(value) if value.dtype == "float32" else value.blocked
+        done = builder.call(expression, source, pattern=ELEMENTWISE, name=name)
         return [Value(value.shape, dtype, blocked=done, block=value.block)]
     return [
         Value(value.shape, dtype, plain=builder.call(expression, builder.plain(value), pattern=ELEMENTWISE, name=name))
@@ -70,16 +71,14 @@ def activation(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
 
 @emits("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum")
 def binary(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
-    from tvm import relax
-
     operation = {
-        "Add": relax.op.add,
-        "Sub": relax.op.subtract,
-        "Mul": relax.op.multiply,
-        "Div": relax.op.divide,
-        "Max": relax.op.maximum,
-        "Min": relax.op.minimum,
-        "Sum": relax.op.add,
+        "Add": "add",
+        "Sub": "subtract",
+        "Mul": "multiply",
+        "Div": "divide",
+        "Max": "maximum",
+        "Min": "minimum",
+        "Sum": "add",
     }[node.op_type]
     values = [v for v in inputs if v is not None]
     if len(values) < 2 or len({v.dtype for v in values}) != 1 or values[0].dtype != "float32":
@@ -93,18 +92,19 @@ def binary(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     return [total]
 
 
-def _combine(builder: Builder, operation, a: Value, b: Value, divides: bool) -> Value | None:
+def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool) -> Value | None:
     if a.shape is None or b.shape is None:
         return None
     shape = np.broadcast_shapes(a.shape, b.shape)
+    builder.meet(a, b)
     for like in (a, b):
         if like.blocked is None or (divides and like.has_filler) or not _spans(like, shape):
             continue
         left, right = builder.operand(a, like), builder.operand(b, like)
         if left is not None and right is not None:
-            done = builder.emit(operation(left, right))
+            done = builder.combine(operation, left, right)
             return Value(shape, a.dtype, blocked=done, block=like.block)
-    return Value(shape, a.dtype, plain=builder.emit(operation(builder.plain(a), builder.plain(b))))
+    return Value(shape, a.dtype, plain=builder.combine(operation, builder.plain(a), builder.plain(b)))
 
 
 def _spans(value: Value, shape: tuple[int, ...]) -> bool:
@@ -208,7 +208,7 @@ def spatial_reduction(builder: Builder, node: Node, inputs: Inputs) -> list[Valu
 
 def _reshaped(builder: Builder, value: Value, shape: tuple[int, ...]) -> Value:
 
-    return Value(shape, value.dtype, plain=builder.reshape(builder.plain(value), shape))
+    return Value(shape, value.dtype, plain=builder.reshape(builder.moved(value), shape))
 
 
 @emits("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -332,8 +332,8 @@ def matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     packed = pack_matrix(matrix, block)
     product = builder.call(
         computes.matmul,
-        builder.plain(data),
-        builder.constant(packed),
+        builder.narrowed(data),
+        builder.constant(builder.narrow_constant(packed)),
         columns=matrix.shape[1],
         pattern=FUSABLE_ROOT,
     )

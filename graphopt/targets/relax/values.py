@@ -1,4 +1,13 @@
-"""What the importer knows of each ONNX value: a constant, a plain Relax tensor, a blocked one, or several of these."""
+"""What the importer knows of each ONNX value: a constant, a plain Relax tensor, a blocked one, or several of these.
+
+Precision. With precision `bfloat16`, float32 images are bfloat16 in memory and float32 in registers. An emitter makes
+its result in float32; who asks for the value decides what becomes of it:
+
+- `Builder.wide`: an elementwise operator; where all the value's consumers are elementwise and end in one kernel
+  (`Value.fuses`) it gets the producer's own float32 expression, which then never reaches memory;
+- `Builder.blocked`, `moved`, `narrowed`: everything that reads memory; the value is narrowed once and stored;
+- `Builder.plain`: operators that TVM lowers by itself; float32 again.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes
+from graphopt.targets.relax import bfloat16, computes, elementwise
 
-ELEMENTWISE, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 2, 4, 8
+ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
 
 
@@ -21,12 +30,15 @@ class Value:
     shape: tuple[int, ...] | None
     """Static shape in ONNX's layout; None when it depends on data."""
     dtype: str
+    """ONNX's element type. The forms of a float32 value may be stored as bfloat16."""
     const: np.ndarray | None = None
     plain: Any = None
-    """A Relax expression in ONNX's layout."""
+    """A Relax expression in ONNX's layout, float32 or as it is stored."""
     blocked: Any = None
-    """A Relax expression (N, C / block, H * W, block), for values of shape (N, C, H, W)."""
+    """A Relax expression (N, C / block, H * W, block), for values of shape (N, C, H, W); float32 or as it is stored."""
     block: int = 0
+    fuses: bool = True
+    """True when every consumer is elementwise and in one kernel with the producer, so that nothing is stored."""
 
     @property
     def is_image(self) -> bool:
@@ -44,28 +56,59 @@ class Value:
 
 
 class Builder:
-    """Emits Relax bindings and converts values between their forms, each at most once."""
+    """Emits Relax bindings and converts values between their forms, each at most once.
 
-    def __init__(self, block_builder, lanes: int):
+    `precision` is `float32` or `bfloat16`: what float32 images are stored as.
+    """
+
+    def __init__(self, block_builder, lanes: int, precision: str = "float32"):
         self.bb = block_builder
         self.lanes = lanes
+        self.precision = precision
+        self._roots: dict[str, int] = {}
+
+    @property
+    def narrows(self) -> bool:
+        """True when images are stored as bfloat16."""
+        return self.precision == bfloat16.DTYPE
 
     def block_for(self, channels: int) -> int:
         """The channel block of a value: one vector register, or a narrower one for a few channels."""
+        if self.narrows:
+            return 32 if channels > 16 else 16  # a vector of bfloat16, which is also a row of an AMX tile
         block = self.lanes
         while block > 4 and channels <= block // 2:
             block //= 2
         return block
 
-    def emit(self, expression) -> Any:
-        return self.bb.emit(expression)
+    def emit(self, expression, is_root: bool = False) -> Any:
+        """Bind an expression; `is_root` when it starts a kernel that elementwise operators fuse into."""
+        bound = self.bb.emit(expression)
+        if self.narrows and element_type(bound) == "float32":
+            root = len(self._roots) if is_root else self._root_of(expression)
+            if root is not None:
+                self._roots[str(bound.name)] = root
+        return bound
+
+    def _root_of(self, expression) -> int | None:
+        """Which kernel an elementwise expression ends up in: that of the first operand that has one."""
+        from tvm import relax
+
+        pending = list(expression.args) if isinstance(expression, relax.Call) else []
+        for operand in pending:
+            if isinstance(operand, relax.Tuple):
+                pending.extend(operand.fields)
+            elif isinstance(operand, relax.Var) and str(operand.name) in self._roots:
+                return self._roots[str(operand.name)]
+        return None
 
     def call(self, function: Callable, *arguments, pattern: int | None = None, name: str = "", **options):
         """Emit a call of a tensor expression; its arguments are Relax expressions."""
         if pattern is not None:
             options["primfunc_attrs"] = {"op_pattern": pattern}
         hint = name or function.__name__
-        return self.emit(self.bb.call_te(function, *arguments, primfunc_name_hint=hint, **options))
+        made = self.bb.call_te(function, *arguments, primfunc_name_hint=hint, **options)
+        return self.emit(made, pattern == FUSABLE_ROOT)
 
     def reshape(self, expression, shape: tuple[int, ...]) -> Any:
         """The same elements in the same order; no data moves."""
@@ -80,30 +123,52 @@ class Builder:
         array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
         return relax.const(array, str(array.dtype))
 
+    def widened(self, expression) -> Any:
+        """float32 of a Relax expression that may be stored as bfloat16."""
+        if element_type(expression) != bfloat16.DTYPE:
+            return expression
+        return self.call(elementwise.mapped(bfloat16.widen, "widen"), expression, pattern=ELEMENTWISE, name="widen")
+
+    def _stored(self, expression) -> Any:
+        """What a float32 Relax expression is in memory."""
+        if not self.narrows or element_type(expression) != "float32":
+            return expression
+        return self.call(elementwise.mapped(bfloat16.narrow, "narrow"), expression, pattern=ELEMENTWISE, name="narrow")
+
     def plain(self, value: Value):
-        """The value in ONNX's layout."""
+        """The value in ONNX's layout and element type."""
+        return self.widened(self.moved(value))
+
+    def moved(self, value: Value):
+        """The value in ONNX's layout as it happens to be stored: for operators that only move elements."""
 
         if value.plain is None and value.const is not None:
             value.plain = self.constant(value.const)
         if value.plain is None:
             assert value.shape is not None and value.blocked is not None
             _batch, channels, height, width = value.shape
+            stored = self.blocked(value)
             if height * width == 1 and not value.has_filler:
-                value.plain = self.reshape(value.blocked, value.shape)
+                value.plain = self.reshape(stored, value.shape)
             else:
                 value.plain = self.call(
                     computes.unblock_channels,
-                    value.blocked,
+                    stored,
                     channels=channels,
                     size=(height, width),
                     pattern=INJECTIVE,
                 )
         return value.plain
 
+    def narrowed(self, value: Value):
+        """The value in ONNX's layout, bfloat16 where the precision says so: an operand of a matrix product."""
+        return self._stored(self.moved(value))
+
     def blocked(self, value: Value) -> Any:
-        """The value (N, C, H, W) in blocked form, or None when it has none."""
+        """The value (N, C, H, W) in blocked form as it is stored, or None when it has none."""
 
         if value.blocked is not None:
+            value.blocked = self._stored(value.blocked)
             return value.blocked
         if not value.is_image:
             return None
@@ -111,19 +176,69 @@ class Builder:
         batch, channels, height, width = value.shape
         block = self.block_for(channels)
         if value.const is not None:
-            value.blocked = self.constant(block_array(value.const, block))
+            array = block_array(value.const, block)
+            value.blocked = self.constant(self.narrow_constant(array))
         elif height * width == 1 and channels % block == 0:
-            value.blocked = self.reshape(self.plain(value), (batch, channels // block, 1, block))
+            value.blocked = self._stored(self.reshape(self.moved(value), (batch, channels // block, 1, block)))
         else:
-            value.blocked = self.call(computes.block_channels, self.plain(value), block=block, pattern=INJECTIVE)
+            made = self.call(computes.block_channels, self.moved(value), block=block, pattern=INJECTIVE)
+            value.blocked = self._stored(made)
         value.block = block
         return value.blocked
 
+    def wide(self, value: Value) -> Any:
+        """The value in blocked form and float32, for an elementwise operator; None when it has no blocked form."""
+        if value.blocked is None or not value.fuses:
+            self.blocked(value)
+        return None if value.blocked is None else self.widened(value.blocked)
+
+    def combine(self, operation: str, left, right) -> Any:
+        """`left` and `right`, each float32 or as it is stored, in one broadcasting operation of TVM's `topi`.
+
+        Widening happens inside: as an operator of its own it would be fused behind the operand's narrowing.
+        """
+
+        def combined(left, right):
+            from tvm import topi
+
+            widen = elementwise.mapped(bfloat16.widen, "widen")
+            operands = [widen(x) if str(x.dtype) == bfloat16.DTYPE else x for x in (left, right)]
+            return getattr(topi, operation)(*operands)
+
+        shapes = [tuple(int(d) for d in x.ty.shape.values) for x in (left, right)]
+        pattern = ELEMENTWISE if np.broadcast_shapes(*shapes) in shapes else BROADCAST
+        return self.call(combined, left, right, pattern=pattern, name=operation)
+
+    def meet(self, *values: Value) -> None:
+        """Results of different kernels meet in one operator: all but the first go through memory, so are stored.
+
+        The first is that of the kernel emitted first: it is the one the operator is fused into.
+        """
+        fresh = [v for v in values if v.blocked is not None and self._root_in(v) is not None]
+        roots = {self._root_in(v) for v in fresh}
+        for value in fresh:
+            if len(roots) > 1 and self._root_in(value) != min(r for r in roots if r is not None):
+                self.blocked(value)
+
+    def _as_it_is(self, value: Value) -> Any:
+        """The value in blocked form, float32 where it is in registers, else as it is stored."""
+        return value.blocked if value.blocked is not None and value.fuses else self.blocked(value)
+
+    def _root_in(self, value: Value) -> int | None:
+        return self._roots.get(str(value.blocked.name))
+
+    def narrow_constant(self, array: np.ndarray) -> np.ndarray:
+        """A float array as it is stored: rounded to bfloat16 where the precision says so."""
+        return bfloat16.narrow_array(array) if self.narrows and array.dtype == np.float32 else array
+
     def operand(self, value: Value, like: Value) -> Any:
-        """`value` in a blocked form that broadcasts against blocked `like`, or None where there is none."""
+        """`value` in a blocked form that broadcasts against blocked `like`, or None where there is none.
+
+        It is float32 or as it is stored: for `combine`.
+        """
 
         if value.blocked is not None and value.block == like.block and value.channels == like.channels:
-            return value.blocked
+            return self._as_it_is(value)
         if value.shape is None or len(value.shape) > 4:
             return None
         shape = (1,) * (4 - len(value.shape)) + value.shape
@@ -141,7 +256,12 @@ class Builder:
             return self.constant(block_array(value.const.reshape(shape), like.block))
         if len(value.shape) != 4 or self.block_for(channels) != like.block:
             return None
-        return self.blocked(value)
+        return self._as_it_is(value)
+
+
+def element_type(expression) -> str:
+    """The element type of a Relax tensor expression."""
+    return str(expression.ty.dtype)
 
 
 def block_array(array: np.ndarray, block: int) -> np.ndarray:
