@@ -1,8 +1,9 @@
-"""Time a kernel as it runs within a model: its constants come from far memory, its other arguments are warm.
+"""Time a kernel as it runs within a model: its constants come from far memory, its inputs were just written.
 
 Between two runs of one kernel a model reads all its other constants, so a kernel's own have left the caches, and a
 timing that keeps them there prefers schedules that read them often. Here each call reads a fresh part of an arena as
-large as the model's constants. Inputs were just written by the kernel before: they stay as warm as their size allows.
+large as the model's constants. Inputs are written anew before each call, from far memory, as the kernels before would
+have done: they are as warm as their size allows. Outputs go to memory that was not touched of late.
 
 Samples are single calls; the figure is a low quantile of them, because interference only ever adds time.
 """
@@ -25,6 +26,9 @@ ARENA_BYTES = (12 << 20, 192 << 20)
 """The least that is colder than a second-level cache, and the most that is worth its memory."""
 ALIGNMENT = 64
 MOST_SETS = 4096
+OUTPUT_BYTES = 4 << 20
+"""Outputs rotate through this much: memory that a model writes was last touched several kernels ago."""
+MOST_OUTPUTS = 64
 _FILL_BYTES = 1 << 20
 
 Arguments = Iterator[list[Any]]
@@ -72,12 +76,13 @@ class Bench:
         Each has one tensor for each variable, and a fresh part of the arena for each constant. Values are small
         positive numbers, so that no path meets denormals or NaN.
         """
-        warm = {i: self._tensor(p) for i, p in enumerate(params) if not p.constant}
+        variables = {i: self._memory(p) for i, p in enumerate(params) if not p.constant}
+        warm = {i: _tensor_at(memory, 0, params[i]) for i, memory in variables.items()}
+        before_output = list(variables)[:-1]
+        inputs = [(params[i].dtype, variables[i]) for i in reversed(before_output)]  # the first was written last
         sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in params if p.constant]
         total = sum(sizes)
-        if not total:
-            return itertools.repeat([warm[i] for i in range(len(params))])
-        count = min(max(self.arena_bytes // total, 1), MOST_SETS)
+        count = min(max(self.arena_bytes // total, 1), MOST_SETS) if total else 1
         arenas = {p.dtype: self._arena(p.dtype, max(total, self.arena_bytes)) for p in params if p.constant}
         found = []
         for _ in range(count):
@@ -92,7 +97,29 @@ class Bench:
                     row.append(warm[index])
             found.append(row)
             self._cursor = at
-        return itertools.cycle(found)
+        return self._turns(found, inputs, self._outputs(params))
+
+    def _outputs(self, params: Sequence[Parameter]) -> list[Any]:
+        """Tensors for the last parameter; empty where it is a constant."""
+        last = params[-1]
+        if last.constant:
+            return []
+        count = min(max(OUTPUT_BYTES // max(last.nbytes, 1), 1), MOST_OUTPUTS)
+        return [_tensor_at(self._memory(last), 0, last) for _ in range(count)]
+
+    def _turns(self, rows: list[list[Any]], inputs: list[tuple[str, np.ndarray]], outputs: list[Any]) -> Arguments:
+        """The rows without end, with the outputs in turns; before each the inputs are written anew, as the kernels
+        before would have done."""
+        turns = itertools.cycle(outputs or [row[-1] for row in rows])
+        sources = [(self._arena(dtype, memory.nbytes), memory) for dtype, memory in inputs]
+        offset = 0
+        for row in itertools.cycle(rows):
+            for source, memory in sources:
+                if offset + memory.nbytes > source.nbytes:
+                    offset = 0
+                memory[:] = source[offset : offset + memory.nbytes]
+                offset += -(-memory.nbytes // ALIGNMENT) * ALIGNMENT
+            yield [*row[:-1], next(turns)]
 
     def time_us(self, function: Any, arguments: Arguments) -> float:
         """Microseconds of one call."""
@@ -120,16 +147,17 @@ class Bench:
                 times.append(self.time_us(function, arguments))
         return float(np.median(found[0])), float(np.median(found[1]))
 
-    def _tensor(self, parameter: Parameter) -> Any:
-        values = _values(parameter.dtype, _FILL_BYTES // element_bytes(parameter.dtype), self._seed)
-        return _tensor_at(_filled(parameter.nbytes, values), 0, parameter)
+    def _memory(self, parameter: Parameter) -> np.ndarray:
+        return _filled(parameter.nbytes, self._values(parameter.dtype))
 
     def _arena(self, dtype: str, nbytes: int) -> np.ndarray:
         known = self._arenas.get(dtype)
         if known is None or known.nbytes < nbytes:
-            values = _values(dtype, _FILL_BYTES // element_bytes(dtype), self._seed)
-            known = self._arenas[dtype] = _filled(nbytes, values)
+            known = self._arenas[dtype] = _filled(max(nbytes, ARENA_BYTES[0]), self._values(dtype))
         return known
+
+    def _values(self, dtype: str) -> np.ndarray:
+        return _values(dtype, _FILL_BYTES // element_bytes(dtype), self._seed)
 
 
 def _filled(nbytes: int, pattern: np.ndarray) -> np.ndarray:
@@ -146,7 +174,7 @@ def _tensor_at(memory: np.ndarray, offset: int, parameter: Parameter) -> Any:
     import tvm
 
     part = memory[offset : offset + parameter.nbytes].view(_stored(parameter.dtype)).reshape(parameter.shape)
-    tensor = tvm.runtime.from_dlpack(part)
+    tensor: Any = tvm.runtime.from_dlpack(part)
     return tensor if str(tensor.dtype) == parameter.dtype else tensor._create_view(parameter.shape, parameter.dtype)
 
 

@@ -83,8 +83,8 @@ def constant_bytes(module: Any) -> int:
     for _, arguments in _calls(module):
         for argument in arguments:
             if isinstance(argument, tvm.ir.GenericConst) and argument not in seen:
-                tensor: Any = argument.value
-                seen[argument] = int(tensor.numpy().nbytes)
+                stored: Any = argument
+                seen[argument] = int(stored.value.numpy().nbytes)
     return sum(seen.values())
 
 
