@@ -28,9 +28,15 @@ class TuningReport:
     digest: str
     """sha256 of the decisions, in a canonical order: equal digests build equal code."""
     rows: tuple[Mapping[str, Any], ...] = ()
-    """One per task: workload, template, decision, time_us, gflops, calls."""
+    """One per task: workload, template, decision, time_us, gflops, calls, trials, from_database, kind (the element
+    type of its constants)."""
     stopped_early: bool = False
     """True when the time budget ended before every task was searched; the best so far was kept."""
+
+    @property
+    def kernels_us(self) -> float:
+        """The kernels' times, each as often as a run of the model calls it; those without a time count nothing."""
+        return sum((row["time_us"] or 0.0) * row["calls"] for row in self.rows)
 
 
 class Lowered(Protocol):
@@ -64,9 +70,12 @@ class Target(abc.ABC):
         database: Path,
         seed: int = 0,
         progress: Progress = SILENT,
+        fresh: bool = False,
+        everything: bool = False,
     ) -> TuningReport:
         """Choose a schedule for every workload, within `seconds`, starting from `database` and adding to it.
 
+        `fresh` searches again what the database knows; `everything` also times kernels that have only one schedule.
         KeyboardInterrupt keeps the best so far in the database and is raised again.
         """
 

@@ -159,6 +159,8 @@ class Cpu(Target):
         database: Path,
         seed: int = 0,
         progress: Progress = SILENT,
+        fresh: bool = False,
+        everything: bool = False,
     ) -> TuningReport:
         """Search each kernel's space within `seconds`; kernels in `database` need no search.
 
@@ -169,7 +171,8 @@ class Cpu(Target):
 
         if seconds > 0 and not self.features <= capabilities.host_features():
             raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
-        search = Search(cast(LoweredModel, lowered), self, Path(database), seed, progress)
+        lowered = cast(LoweredModel, lowered)
+        search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
         return search.run(seconds)
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
