@@ -1,0 +1,107 @@
+"""Softmax and layer normalization: operators that look at a whole row.
+
+Rows are the last axis. Each is one tensor expression of three blocks, so that the template `rowwise` can run them over
+a row while it is in the first-level cache: `row_max`, `row_exp`, `softmax`; `row_sum`, `row_squares`, `layer_norm`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from graphopt.targets.relax import elementwise
+from graphopt.targets.relax.emitters import Inputs, Node, emits
+from graphopt.targets.relax.values import OPAQUE, Builder, Value
+
+
+def softmax_rows(data):
+    """exp(x - max) / sum(exp(x - max)) over the last axis; the sum is divided by once a row."""
+    from tvm import te, tirx
+
+    *lead, columns = (int(d) for d in data.shape)
+    k, j = te.reduce_axis((0, columns), "k"), te.reduce_axis((0, columns), "j")
+    top: Any = te.compute(lead, lambda *i: te.max(data[(*i, k)], axis=k), name="row_max")
+    total: Any = te.compute(lead, lambda *i: te.sum(elementwise.exp_of(data[(*i, j)] - top[i]), axis=j), name="row_exp")
+    one = tirx.const(1.0, "float32")
+    return te.compute(
+        (*lead, columns),
+        lambda *i: elementwise.exp_of(data[i] - top[i[:-1]]) * (one / total[i[:-1]]),
+        name="softmax",
+    )
+
+
+def layer_norm_rows(data, scale, bias, *, epsilon: float):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis; scale and bias are vectors.
+
+    The variance is the mean of the squared differences from the mean: no cancellation.
+    """
+    from tvm import te, tirx
+
+    *lead, columns = (int(d) for d in data.shape)
+    share = tirx.const(float(np.float32(1 / columns)), "float32")
+    k, j = te.reduce_axis((0, columns), "k"), te.reduce_axis((0, columns), "j")
+    total: Any = te.compute(lead, lambda *i: te.sum(data[(*i, k)], axis=k), name="row_sum")
+
+    def square(i):
+        difference = data[(*i, j)] - total[i] * share
+        return te.sum(difference * difference, axis=j)
+
+    squares: Any = te.compute(lead, lambda *i: square(i), name="row_squares")
+    slack = tirx.const(float(np.float32(epsilon)), "float32")
+    one = tirx.const(1.0, "float32")
+
+    def cell(*i):
+        row, column = i[:-1], i[-1]
+        factor = one / tirx.sqrt(squares[row] * share + slack)
+        return (data[i] - total[row] * share) * factor * scale[column] + bias[column]
+
+    return te.compute((*lead, columns), cell, name="layer_norm")
+
+
+def _shaped(builder: Builder, expression, old: tuple[int, ...], new: tuple[int, ...]):
+    return expression if old == new else builder.reshape(expression, new)
+
+
+@emits("Softmax")
+def softmax(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    data = inputs[0]
+    if data is None or data.dtype != "float32" or not data.shape or 0 in data.shape:
+        return None
+    rank = len(data.shape)
+    axis = int(node.get("axis", 1 if node.opset < 13 else -1)) % rank
+    if node.opset >= 13 and axis != rank - 1 and any(d != 1 for d in data.shape[axis + 1 :]):
+        return None
+    rows, columns = math.prod(data.shape[:axis]), math.prod(data.shape[axis:])
+    if node.opset >= 13:
+        columns = data.shape[axis]
+    flat = _shaped(builder, builder.plain(data), data.shape, (rows, columns))
+    done = builder.call(softmax_rows, flat, pattern=OPAQUE, name="softmax")
+    return [Value(data.shape, "float32", plain=_shaped(builder, done, (rows, columns), data.shape))]
+
+
+@emits("LayerNormalization")
+def layer_normalization(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    data, scale = inputs[0], inputs[1]
+    bias = inputs[2] if len(inputs) > 2 else None
+    if data is None or data.dtype != "float32" or not data.shape or 0 in data.shape or node.outputs > 1:
+        return None
+    axis = int(node.get("axis", -1)) % len(data.shape)
+    rows, columns = math.prod(data.shape[:axis]), math.prod(data.shape[axis:])
+    if scale is None or scale.const is None or scale.const.size not in (1, columns):
+        return None
+    if bias is not None and (bias.const is None or bias.const.size not in (1, columns)):
+        return None
+    shift = np.zeros(1, np.float32) if bias is None or bias.const is None else bias.const
+    vectors = [np.broadcast_to(v.reshape(-1), (columns,)).astype(np.float32) for v in (scale.const, shift)]
+    flat = _shaped(builder, builder.plain(data), data.shape, (rows, columns))
+    done = builder.call(
+        layer_norm_rows,
+        flat,
+        *(builder.constant(v) for v in vectors),
+        epsilon=float(node.get("epsilon", 1e-5)),
+        pattern=OPAQUE,
+        name="layer_norm",
+    )
+    return [Value(data.shape, "float32", plain=_shaped(builder, done, (rows, columns), data.shape))]
