@@ -1,0 +1,141 @@
+"""Tuning without the rest of an optimize run: a model's kernels, their schedules, and the database that keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from graphopt import model as models
+from graphopt.calibration import random_dataset
+from graphopt.candidates import specialise
+from graphopt.errors import SpecError, TargetError, nearest
+from graphopt.passes.base import Context
+from graphopt.pipeline import PRESETS, Pipeline
+from graphopt.plugins import parse_target
+from graphopt.progress import SILENT, Progress
+from graphopt.runtime.artifact import MODEL, is_artifact
+from graphopt.schedule_database import database_path
+from graphopt.targets.base import Lowered, Target, TuningReport
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune_model` found."""
+
+    report: TuningReport
+    peak_gflops: float | None
+    """Measured float32 peak of one core; None where the target is no CPU."""
+    threads: int
+    database: Path
+
+    def share_of_peak(self, row: Mapping[str, Any]) -> float | None:
+        """Of a row of the report, from 0 to 1; above 1 where an algorithm does less arithmetic than it is credited
+        with (Winograd). None for kernels of other element types."""
+        if self.peak_gflops is None or row["gflops"] is None or row["kind"] != "float32":
+            return None
+        return row["gflops"] / (self.peak_gflops * self.threads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON."""
+        rows = [{**row, "share_of_peak": self.share_of_peak(row)} for row in self.report.rows]
+        return {
+            **dataclasses.asdict(self.report),
+            "rows": rows,
+            "kernels_us": self.report.kernels_us,
+            "peak_gflops": self.peak_gflops,
+            "threads": self.threads,
+            "database": str(self.database),
+        }
+
+
+def resolve_target(spec: str, threads: int | None = None, precision: str | None = None) -> Target:
+    """The target of a spec, with `threads` and `precision` in place of its own where given. Raises SpecError."""
+    target = parse_target(spec)
+    for name, value in (("threads", threads), ("precision", precision)):
+        if value is None:
+            continue
+        if not hasattr(target, name):
+            raise SpecError(f"the target {target.name} has no {name}")
+        if name == "threads" and not 1 <= cast(int, value) <= (os.cpu_count() or 1):
+            raise SpecError(f"--threads {value} is not between 1 and this machine's {os.cpu_count()}")
+        target = dataclasses.replace(target, **{name: value})  # pyright: ignore[reportArgumentType]
+    return target
+
+
+def lower_model(path: str | os.PathLike[str], target: Target, shapes: Shapes, seed: int = 0) -> Lowered:
+    """A model (an ONNX file, or the one in an artifact) as `optimize` would compile it: after the exact passes.
+
+    Raises ModelError, DataError (a dynamic dimension that `shapes` leaves open), PassError, TargetError.
+    """
+    file = Path(path) / MODEL if is_artifact(path) else Path(path)
+    model = models.fix_inputs(models.load(file), shapes)
+    (sample,) = random_dataset(models.signature(model), 1, seed).batches(1)
+    rewritten, _ = Pipeline.parse(PRESETS["exact"]).run(model, Context(capabilities=target.capabilities, seed=seed))
+    return target.lower(specialise(rewritten, sample))
+
+
+def tune_model(
+    path: str | os.PathLike[str],
+    target: Target,
+    seconds: float,
+    *,
+    shapes: Shapes | None = None,
+    database: Path | None = None,
+    seed: int = 0,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+) -> Tuned:
+    """Search the schedules of a model's kernels, time every kernel, and keep what was found in the database.
+
+    KeyboardInterrupt is raised again with the best so far kept. Raises what `lower_model` and `Target.tune` raise.
+    """
+    if seconds < 0:
+        raise SpecError(f"--tune-seconds {seconds:g} must not be negative")
+    database = database or database_path()
+    lowered = lower_model(path, target, shapes or {}, seed)
+    report = target.tune(
+        lowered, seconds=seconds, database=database, seed=seed, progress=progress, fresh=fresh, everything=True
+    )
+    return Tuned(report, _peak(target) if seconds > 0 else None, getattr(target, "thread_count", 1), database)
+
+
+def _peak(target: Target) -> float | None:
+    from graphopt.targets.cpu import Cpu
+    from graphopt.targets.tuning.peak import fma_gflops
+
+    return fma_gflops(target) if isinstance(target, Cpu) else None
+
+
+def model_keys(path: str | os.PathLike[str], target: Target, shapes: Shapes) -> set[Any]:
+    """The database keys of a model's kernels on a CPU target. Raises TargetError for other targets."""
+    from graphopt.targets.cpu import Cpu, LoweredModel
+    from graphopt.targets.tuning.tasks import find_tasks
+
+    if not isinstance(target, Cpu):
+        raise TargetError(f"the target {target.name} keeps no schedules")
+    lowered = cast(LoweredModel, lower_model(path, target, shapes))
+    return {task.key for task in find_tasks(lowered, target, None, everything=True)}
+
+
+def select(records: Mapping[Any, Any], isa: Iterable[str], keys: set[Any] | None) -> dict[Any, Any]:
+    """The records of these instruction sets (all, where none is named) and these keys (all, where None).
+
+    Raises SpecError for an instruction set that no record has.
+    """
+    wanted = set(isa)
+    known = {key.isa for key in records}
+    for name in sorted(wanted - known):
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+        raise SpecError(f"no record is for the instruction set {name!r}", hint=hint)
+    return {
+        key: record
+        for key, record in records.items()
+        if (not wanted or key.isa in wanted) and (keys is None or key in keys)
+    }
