@@ -91,9 +91,8 @@ def _applied(function, x: np.ndarray) -> np.ndarray:
     from tvm import te
 
     data = te.placeholder(x.shape, "float32", name="x")
-    built = tvm.compile(
-        te.create_prim_func([data, elementwise.mapped(function, "f")(data)]), target=TARGET.tvm_target()
-    )
+    func = te.create_prim_func([data, elementwise.mapped(function, "f")(data)])
+    built = tvm.compile(func, target=TARGET.tvm_target())
     found = tvm.runtime.empty(x.shape, "float32")
     built(tvm.runtime.tensor(x), found)
     return found.numpy()

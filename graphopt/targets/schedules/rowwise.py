@@ -1,8 +1,8 @@
 """Softmax and layer normalization, one row at a time.
 
 Idea: a row is copied to a buffer that stays in the first-level cache, while its maximum or sum is taken; two more
-passes over the buffer finish it. Each element is read from memory once and written once. Past the row's end the buffer holds
-what changes nothing (the lowest number, the mean), so every pass runs on whole vectors.
+passes over the buffer finish it. Each element is read from memory once and written once. Past the row's end the buffer
+holds what changes nothing (the lowest number, the mean), so every pass runs on whole vectors.
 
 Loop order: row (parallel) / pass / vectors, four at a time in separate accumulators.
 
