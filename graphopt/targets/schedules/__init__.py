@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
+from graphopt.targets.relax import stack_buffers
 from graphopt.targets.schedules import conv2d_blocked, generic, matmul_blocked, matmul_packed, rowwise, window
 from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
@@ -38,7 +39,11 @@ def choices(workload: Workload) -> list[Choice]:
 
 
 def schedule(workload: Workload, choice: Choice) -> Kernel:
-    """The kernel that a choice makes. Raises what TVM raises where the schedule cannot be applied."""
+    """The kernel that a choice makes. Raises what TVM raises where the schedule cannot be applied.
+
+    From the first call on, this process compiles so that tiles stay in registers (`stack_buffers`).
+    """
+    stack_buffers.register()
     return template_named(choice.template).apply(workload, dict(choice.decision))
 
 
