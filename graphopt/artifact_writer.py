@@ -49,6 +49,7 @@ def write_artifact(
     manifest = {
         "engine": chosen.record.engine,
         "variant": chosen.record.variant,
+        "precision": chosen.record.precision,
         "target": str(target),
         "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
         "signature": {

@@ -13,12 +13,13 @@ import onnx_ir as ir
 from graphopt import model as models
 from graphopt.errors import GraphoptError, TargetError, VerificationError
 from graphopt.passes.base import Fidelity
+from graphopt.precision import check_noise, narrowed
 from graphopt.progress import Progress
 from graphopt.report import CandidateRecord
 from graphopt.schedule_database import database_path
 from graphopt.settings import Settings
 from graphopt.targets.base import Target
-from graphopt.variants import Source, Variant
+from graphopt.variants import Data, Source, Variant
 from graphopt.verify import Feeds, OutputError, Reference, Runner
 
 TWICE_DB = 10 * math.log10(2)
@@ -55,14 +56,19 @@ def make_candidates(
     target: Target,
     settings: Settings,
     reference: Reference,
-    sample: Feeds,
+    data: Data,
     work: Path,
     progress: Progress,
 ) -> list[Candidate]:
-    """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target."""
+    """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target.
+
+    With `settings.precision` bf16, variants that are not lossy themselves are compiled in bfloat16 too; where there is
+    no evaluation data to judge these by, their noise on the verification samples does.
+    """
     whole = CandidateRecord(INPUT, "input", "onnxruntime", "measured", size_bytes=source.path.stat().st_size)
     candidates = [Candidate(whole, None, source.path)]
-    share = settings.tune_seconds / len(variants)
+    in_bf16 = [v for v in variants if settings.precision == "bf16" and v.fidelity is not Fidelity.LOSSY]
+    share = settings.tune_seconds / (len(variants) + len(in_bf16))
     for variant in variants:
         if not variant.record.within_bound:
             record = _record(variant, "onnxruntime", "outside bound", f"loses {variant.record.drop:.2f} points")
@@ -72,9 +78,14 @@ def make_candidates(
             record = _record(variant, "onnxruntime", "measured", size=variant.file.stat().st_size)
             candidates.append(Candidate(record, variant, variant.file))
         if settings.engine in ("auto", "tvm"):
-            candidates.append(
-                _compiled(variant, target, share, settings.seed, reference, sample, work / variant.name, progress)
-            )
+            folder = work / variant.name
+            sample = data.samples[0]
+            candidates.append(_compiled(variant, target, share, settings, reference, sample, folder, progress))
+            if variant in in_bf16:
+                folder = work / f"{variant.name}-bf16"
+                narrow = narrowed(target)
+                made = _compiled(variant, narrow, share, settings, reference, sample, folder, progress, "bf16")
+                candidates.append(_bounded(made, settings.min_snr) if data.evaluation is None else made)
     return candidates
 
 
@@ -87,30 +98,47 @@ def _compiled(
     variant: Variant,
     target: Target,
     tune_seconds: float,
-    seed: int,
+    settings: Settings,
     reference: Reference,
     sample: Feeds,
     folder: Path,
     progress: Progress,
+    precision: str = "float32",
 ) -> Candidate:
     from graphopt.runtime.tvm_engine import TvmEngine
 
     folder.mkdir()
     try:
         lowered = target.lower(specialise(variant.model, sample))
-        tuning = target.tune(lowered, seconds=tune_seconds, database=database_path(), seed=seed, progress=progress)
+        tuning = target.tune(
+            lowered, seconds=tune_seconds, database=database_path(), seed=settings.seed, progress=progress
+        )
         target.build(lowered, folder)
-        errors = _verify(TvmEngine(folder, None).run, variant, reference)
+        run = TvmEngine(folder, None).run
+        if precision == "float32":
+            errors = _verify(run, variant, reference)
+        else:
+            errors = reference.judge(run, Fidelity.LOSSY, f"compiling the {variant.name} variant in {precision}")
     except VerificationError as error:
-        return Candidate(_record(variant, "tvm", "wrong", str(error)), variant, folder)
+        return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
     except GraphoptError as error:
         if not isinstance(error, TargetError):
             raise
-        return Candidate(_record(variant, "tvm", "unavailable", str(error)), variant, folder)
+        return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    record = _record(variant, "tvm", "measured", size=size)
+    record = _record(variant, "tvm", "measured", size=size, precision=precision)
     record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
     return Candidate(record, variant, folder)
+
+
+def _bounded(candidate: Candidate, min_snr: float) -> Candidate:
+    """The candidate, marked where it was built but is too noisy."""
+    try:
+        check_noise(candidate.record.errors, min_snr, candidate.record.precision)
+    except VerificationError as error:
+        record = dataclasses.replace(candidate.record, status="outside bound", reason=str(error))
+        return dataclasses.replace(candidate, record=record)
+    return candidate
 
 
 def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
@@ -133,5 +161,8 @@ def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, .
     return errors
 
 
-def _record(variant: Variant, engine: str, status: str, reason: str = "", size: int = 0) -> CandidateRecord:
-    return CandidateRecord(f"{variant.name} · {engine}", variant.name, engine, status, reason, size_bytes=size)
+def _record(
+    variant: Variant, engine: str, status: str, reason: str = "", size: int = 0, precision: str = "float32"
+) -> CandidateRecord:
+    name = f"{variant.name} · {engine}" + (f" {precision}" if precision != "float32" else "")
+    return CandidateRecord(name, variant.name, engine, status, reason, size_bytes=size, precision=precision)

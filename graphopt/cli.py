@@ -21,6 +21,7 @@ from graphopt import __version__, errors, plugins, spec
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
 from graphopt.pipeline import PRESETS
 from graphopt.settings import Settings, parse_input, read_recipe
+from graphopt.tuning_commands import db, tune
 
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 THREADS = click.option("--threads", type=int, help="Threads; default: all cores.")
@@ -108,6 +109,11 @@ def group() -> None:
 @INPUT
 @THREADS
 @click.option("--engine", type=click.Choice(["auto", "tvm", "onnxruntime"]), help="[default: auto, the fastest]")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bf16"]),
+    help="bf16: compile in bfloat16 too; lossy, see `graphopt explain bf16`. [default: float32]",
+)
 @click.option("--tune-seconds", type=float, help="Budget of the schedule search. [default: 60]")
 @click.option("--measure-seconds", type=float, help="Budget of the final paired run. [default: 15]")
 @click.option("--seed", type=int, help="[default: 0]")
@@ -345,7 +351,12 @@ def list_passes() -> int:
 @group.command()
 @click.argument("name", metavar="PASS")
 def explain(name: str) -> int:
-    """What PASS does: its equation, cases, refusals, fidelity and source."""
+    """What PASS (or `bf16`, the precision) does: its equation, cases, refusals, fidelity and source."""
+    if name == "bf16":
+        from graphopt import precision
+
+        click.echo(introspect.cleandoc(precision.__doc__ or ""))
+        return errors.EXIT_DONE
     each = plugins.pass_class(spec.parse(name).name)
     module = sys.modules[each.__module__]
     click.echo(introspect.cleandoc(module.__doc__ or each.__doc__ or "not documented"))
@@ -396,6 +407,10 @@ def doctor(format_: str) -> int:
         table.add_row(mark, row.what, Text(row.detail + (f"; {row.remedy}" if row.remedy and not row.ok else "")))
     STDOUT.print(table)
     return errors.EXIT_DONE
+
+
+group.add_command(tune)
+group.add_command(db)
 
 
 def _write_json(path: Path, content: Any) -> None:

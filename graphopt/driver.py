@@ -30,6 +30,7 @@ from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
 from graphopt.plugins import parse_target
+from graphopt.precision import settled
 from graphopt.progress import SILENT, Progress
 from graphopt.report import DataRecord, Report, SourceRecord
 from graphopt.runtime.artifact import Artifact, load
@@ -66,7 +67,7 @@ def optimize(
     """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
 
     `options` are the fields of `Settings`: preset, calib, calib_samples, eval, preprocess, max_drop, min_snr,
-    inputs, threads, engine, tune_seconds, measure_seconds, seed, overwrite.
+    inputs, threads, engine, precision, tune_seconds, measure_seconds, seed, overwrite.
 
     Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
     TargetError (failure). Where the accuracy bound cannot be met, the result says `report.accuracy_met == False`
@@ -105,7 +106,7 @@ def run(
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
         with _timed(report, "compile"):
-            candidates = make_candidates(source, variants, target, settings, reference, data.samples[0], work, progress)
+            candidates = make_candidates(source, variants, target, settings, reference, data, work, progress)
         with _timed(report, "measure"):
             chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
         if stage is not None:
@@ -129,6 +130,7 @@ def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, P
     target = parse_target(settings.target)
     if settings.threads is not None and hasattr(target, "threads"):
         target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
+    settings, target = settled(settings, target)
     threads = getattr(target, "threads", None) or os.cpu_count() or 1
     if settings.output is not None:
         check_output(settings.output, settings.overwrite)
@@ -246,8 +248,19 @@ def _measure_and_choose(
         report.candidates = [record if c.name == record.name else c for c in report.candidates]
         if kept:
             report.choice = explain(candidate)
+            _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
     raise AssertionError("the input model itself is always deliverable")
+
+
+def _tell_missed_precision(report: Report) -> None:
+    for record in report.candidates:
+        if record.precision != "float32" and record.status == "outside bound":
+            report.accuracy_met = False
+            report.warnings.append(
+                f"the accuracy bound is MISSED in {record.precision}: {record.reason}; "
+                "the artifact carries a candidate that keeps the bound"
+            )
 
 
 def _timing_feeds(data: Data, source: Source) -> list[Feeds]:

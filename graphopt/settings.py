@@ -23,6 +23,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Engine = Literal["auto", "tvm", "onnxruntime"]
+Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Settings:
     """Static shapes by input name."""
     threads: int | None = None
     engine: Engine = "auto"
+    precision: Precision = "float32"
+    """`bf16` adds compiled candidates with bfloat16 images and weights, judged as lossy (see `graphopt.precision`)."""
     tune_seconds: float = 60.0
     measure_seconds: float = 15.0
     seed: int = 0
@@ -81,6 +84,9 @@ class Settings:
             )
         if self.engine not in typing.get_args(Engine):
             raise SpecError(f"unknown engine {self.engine!r}", hint=f"known: {', '.join(typing.get_args(Engine))}")
+        if self.precision not in typing.get_args(Precision):
+            known = ", ".join(typing.get_args(Precision))
+            raise SpecError(f"unknown precision {self.precision!r}", hint=f"known: {known}")
 
         def absolute(path: str | None) -> str | None:
             return None if path is None else str(Path(path).absolute())

@@ -45,8 +45,9 @@ class LoweredModel:
 class Cpu(Target):
     """`cpu{mcpu=cascadelake,threads=1}`: `mcpu` is LLVM's name or `native`; `threads` 0 means all processors.
 
-    `precision` is `float32` or `bfloat16` (or `bf16`): what images and weights are stored as between kernels. `without` names templates and
-    ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what each brings.
+    `precision` is `float32` or `bfloat16` (or `bf16`): what images and weights are stored as between kernels.
+    `without` names templates and ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what
+    each brings.
     """
 
     name: ClassVar[str] = "cpu"
@@ -201,6 +202,7 @@ class Cpu(Target):
             "features": sorted(self.features),
             "tvm": TVM_PIN,
             "threads": self.thread_count,
+            "precision": self.precision,
             "library_sha256": tvm_engine.library_digest(library),
             "inputs": list(lowered.inputs),
             "outputs": list(lowered.outputs),
