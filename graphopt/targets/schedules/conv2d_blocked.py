@@ -1,120 +1,165 @@
 """Direct convolution on blocked activations.
 
-Idea: a tile of `columns` output positions x `outs` channel blocks stays in vector registers while all input channels
-and kernel positions stream past; each step multiplies broadcast scalars of the input with vectors of the packed weight.
+Idea: a tile of rows x columns of outputs x `outs` blocks of output channels stays in vector registers while the input
+channels and the window's positions stream past; each step multiplies broadcast scalars of the input with vectors of the
+packed weight. Tiles at the border skip the taps that lie outside, so nothing is padded. Where a tile's weights exceed
+the first-level cache, input channels are taken in panels: all tiles of a pair of output blocks use one panel before the
+next, their sums waiting in memory. The next panel is requested while the present one is in use, so that weights, which
+a run reads once, arrive in time from the third-level cache or from memory.
 
-Loop order: n, out-block, row (parallel) / position tile / in-block, kh, in-lane, kw / outs, columns, lane. The last
-three are unrolled and vectorised, kw too. A kernel of 1x1 with stride 1 reads the picture as one long row, so its tile
-may cross rows. `order` says which of the out-blocks ("weights" stay in cache) and positions ("data" stays) is outer.
+Loop order: n, group, out-blocks, row tile (parallel) / column tile / in-block, kh, kw, in-lane / columns, outs, lane;
+with panels: n, group, out-blocks (parallel) / panel / row tile, column tile / ...; with order "data": n, group, row
+tile (parallel) / column tile / out-blocks / .... The innermost three are unrolled and vectorised. The taps kh, kw stay
+loops outside the in-lane: unrolled inside, neighbouring outputs share scalars, which the compiler keeps and then spills.
 
-Register budget: columns * outs accumulators + columns broadcast scalars + outs weights <= registers. LLVM hoists the
-broadcasts: past this sum it spills, and speed falls to a third.
+Register budget: rows * columns * outs accumulators + outs weights + 1 broadcast scalar <= registers.
 
 Source: Georganas et al., Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures, SC 2018,
-section II (register and cache blocking); Liu et al., NeoCPU, USENIX ATC 2019, section 3.1 (NCHW[x]c).
+section II (register and cache blocking, prefetch); Liu et al., NeoCPU, USENIX ATC 2019, section 3.1 (NCHW[x]c).
 """
 
 from __future__ import annotations
 
-from graphopt.targets.relax.computes import ROW
+from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Window
+from graphopt.targets.schedules.register_tiles import Axis, Run
 from graphopt.targets.schedules.workload import (
     PARALLEL_WORK,
     Decision,
     Kernel,
     Workload,
-    annotation,
     divisors,
-    extents,
-    inline_epilogue,
-    loop_extents,
-    new_schedule,
-    schedule_padding,
     unique,
     work,
 )
 
 NAME = "conv2d_blocked"
-VERSION = 2
+VERSION = 3
 FMA_PER_CYCLE = 2
 LOADS_PER_CYCLE = 1.6
 """Two ports, less what address arithmetic and bank conflicts cost; fitted to measured tiles of Sapphire Rapids."""
 FMA_LATENCY = 4
 VECTOR_BYTES = 64
 L1_BYTES = 32 << 10
+L2_BYTES = 1 << 20
 L2_BYTES_PER_CYCLE = 28
+MEMORY_BYTES_PER_CYCLE = 5
+BODIES = 16
+"""Most bodies of tiles in a kernel: each is compiled apart."""
+WAITING_BYTES = 1 << 18
+"""Most memory for sums that wait."""
 
 
 def match(workload: Workload) -> list[Decision] | None:
-    """Decisions {columns, outs, order}, by predicted cycles."""
+    """Decisions {rows, columns, outs, panel, order}, by predicted cycles."""
     block = workload.anchor("conv2d")
-    if block is None:
+    if block is None or not set(_before(workload)) <= {"pad"}:
         return None
-    _, out_blocks, positions, _, ico, kh, ici, kw = extents(block)
-    row = annotation(block, ROW)
-    budget = workload.machine.registers
-    weights = out_blocks * ico * ici * kh * kw * workload.machine.lanes * 4
-    found: list[tuple[float, Decision]] = []
-    for columns in divisors(row, budget):
-        for outs in divisors(out_blocks, 4):
-            scalars = columns if outs > 1 else columns // 2  # used once, a broadcast is an operand in memory
-            if columns * outs + scalars + outs > budget:
-                continue
-            for order in ("weights", "data") if out_blocks // outs > 1 and positions // columns > 1 else ("weights",):
-                cost = _cycles(columns, outs, outs * ico * ici * kh * kw * workload.machine.lanes * 4)
-                if (order == "data") != (weights <= 1 << 19):
-                    cost *= 1.01
-                found.append((cost, {"columns": columns, "outs": outs, "order": order}))
-    found.sort(key=lambda pair: pair[0])
-    return unique(decision for _, decision in found)
+    window = Window.of(block)
+    found: list[tuple[float, int, Decision]] = []
+    for rows, columns, outs in _tiles(window, workload):
+        runs = window.rows.runs(rows), window.columns.runs(columns), _outs(window).runs(outs)
+        bodies = len(runs[0]) * len(runs[1]) * len(runs[2])
+        for panel, order in _orders(window, runs):
+            cost = _cycles(window, workload, runs, panel, order)
+            decision = {"rows": rows, "columns": columns, "outs": outs, "panel": panel, "order": order}
+            found.append((cost * (1 if bodies <= BODIES else bodies), bodies, decision))
+    found.sort(key=lambda entry: entry[0])
+    return unique(decision for _, bodies, decision in found if bodies <= max(BODIES, found[0][1]))
 
 
-def _cycles(columns: int, outs: int, weight_bytes: int) -> float:
-    """Cycles for one multiply-accumulate of a vector, averaged over the tile.
+def _before(workload: Workload) -> list[str]:
+    names = list(workload.blocks)
+    return names[: names.index("conv2d")]
 
-    `weight_bytes` is what one tile reads of the weight: past the first-level cache it streams from the second.
-    """
-    accumulators = columns * outs
-    arithmetic = accumulators / FMA_PER_CYCLE
-    loads = (columns + outs) / LOADS_PER_CYCLE
-    streaming = outs * VECTOR_BYTES / L2_BYTES_PER_CYCLE if weight_bytes > L1_BYTES else 0.0
-    return max(arithmetic, loads, streaming, FMA_LATENCY) / accumulators * (1 + 0.2 / accumulators)
+
+def _outs(window: Window) -> Axis:
+    return Axis(window.out_blocks, window.out_blocks, 1, 1, 1, 0)
+
+
+def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
+    """Sizes of register tiles that fit; several rows only where one tile spans them."""
+    registers = workload.machine.registers
+    vectors = max(window.out_lanes // workload.machine.lanes, 1)
+    found = []
+    for outs in range(1, min(4, window.out_blocks) + 1):
+        most = (registers - 1) // (outs * vectors) - 1
+        if most < 1:
+            break
+        for columns in _cuts(window.columns.extent, most):
+            whole = columns == window.columns.extent
+            for rows in _cuts(window.rows.extent, most // columns) if whole else (1,):
+                if rows * columns * outs * vectors * 4 >= registers or rows * columns * 2 > most:
+                    found.append((rows, columns, outs))
+    return found
+
+
+def _cuts(extent: int, most: int) -> list[int]:
+    """Tile sizes that differ in the number of tiles they cut `extent` into."""
+    return sorted({-(-extent // -(-extent // size)) for size in range(1, min(extent, most) + 1)}, reverse=True)
+
+
+def _orders(window: Window, runs: tuple[list[Run], list[Run], list[Run]]) -> list[tuple[int, str]]:
+    """Panels of input blocks, and orders."""
+    rows, columns, outs = runs
+    tiles = sum(r.count for r in rows) * sum(c.count for c in columns)
+    found = [(window.in_blocks, "weights")]
+    if tiles == 1:
+        return found
+    per_block = outs[0].size * window.taps // window.in_blocks * window.out_lanes * 4
+    waiting = outs[0].size * window.rows.extent * window.columns.extent * window.out_lanes * 4
+    if waiting <= WAITING_BYTES:
+        panels = [d for d in divisors(window.in_blocks, window.in_blocks - 1) if d * per_block <= L1_BYTES]
+        found += [(panel, "weights") for panel in panels[-2:]]
+    if sum(run.count for run in outs) > 1:
+        found.append((window.in_blocks, "data"))
+    return found
+
+
+def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) -> float:
+    """Predicted cycles of one image."""
+    vectors = max(window.out_lanes // workload.machine.lanes, 1)
+    panels = window.in_blocks // panel
+    total = 0.0
+    for row in runs[0]:
+        for column in runs[1]:
+            for out in runs[2]:
+                accumulators = row.size * column.size * out.size * vectors
+                weights = panel * out.size * window.taps // window.in_blocks * window.out_lanes * 4
+                if order == "data":
+                    weights *= sum(run.count for run in runs[2])
+                streaming = out.size * vectors * VECTOR_BYTES / L2_BYTES_PER_CYCLE if weights > L1_BYTES else 0.0
+                cycles = 0.0
+                for a in row.taps:
+                    for b in column.taps:
+                        positions = len(a.outputs) * len(b.outputs)
+                        arithmetic = positions * out.size * vectors / FMA_PER_CYCLE
+                        scalars = positions if out.size * vectors > 1 else positions * 1.5
+                        loads = (scalars + out.size * vectors) / LOADS_PER_CYCLE
+                        step = max(arithmetic * 1.15, loads, streaming, FMA_LATENCY) + 0.3
+                        cycles += a.count * b.count * step * window.in_blocks * window.in_lanes
+                cycles += 2 * accumulators * (panels + 1) + 20 * panels
+                total += cycles * row.count * column.count * out.count
+    total *= window.groups
+    image = window.in_blocks * window.rows.length * window.columns.length * window.in_lanes * 4
+    if order == "weights":
+        speed = MEMORY_BYTES_PER_CYCLE if image > L2_BYTES else 4 * L2_BYTES_PER_CYCLE
+        total += (sum(run.count for run in runs[2]) - 1) * window.groups * image / speed
+    else:
+        total += window.groups * window.out_blocks * window.taps * window.out_lanes * 4 / MEMORY_BYTES_PER_CYCLE
+    return total
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule a function whose anchor block is `conv2d`."""
-    columns, outs = decision["columns"], decision["outs"]
-    block = workload.blocks["conv2d"]
-    row = annotation(block, ROW)
-    parallel = work(block) >= PARALLEL_WORK and workload.machine.threads != 1
-    schedule = new_schedule(workload.func)
-    schedule_padding(schedule, workload, parallel)
-    out = inline_epilogue(schedule, "conv2d")
-    n, o, p, lane = schedule.get_loops(out)
-    positions = loop_extents(schedule, [p])[0]
-    outer, inner = schedule.split(o, [None, outs])
-    rows, tiles, column = schedule.split(p, [positions // row, row // columns, columns])
-    if decision["order"] == "data":
-        schedule.reorder(n, rows, tiles, outer, inner, column, lane)
-        spread, at = schedule.fuse(n, rows, tiles), outer
-    else:
-        schedule.reorder(n, outer, rows, tiles, inner, column, lane)
-        spread, at = schedule.fuse(n, outer, rows), tiles
-    if parallel:
-        schedule.parallel(spread)
-    schedule.unroll(inner)
-    schedule.unroll(column)
-    schedule.vectorize(lane)
-    conv = schedule.get_sblock("conv2d")
-    schedule.compute_at(conv, at, preserve_unit_loops=True)
-    n_, o_, p_, v_, ico, kh, ici, kw = schedule.get_loops(conv)[-8:]
-    schedule.reorder(ico, kh, ici, kw, n_, o_, p_, v_)
-    schedule.unroll(kw)
-    schedule.unroll(o_)
-    schedule.unroll(p_)
-    schedule.vectorize(v_)
-    init = schedule.decompose_reduction(conv, ico)
-    *_, o_, p_, v_ = schedule.get_loops(init)
-    schedule.unroll(o_)
-    schedule.unroll(p_)
-    schedule.vectorize(v_)
-    return Kernel(schedule.mod["main"])
+    parallel = work(workload.blocks["conv2d"]) >= PARALLEL_WORK and workload.machine.threads != 1
+    return Kernel(
+        ConvolutionLoops(workload).write(
+            decision["rows"],
+            decision["columns"],
+            decision["outs"],
+            panel=decision["panel"],
+            order=decision["order"],
+            parallel=parallel,
+            ahead=workload.machine.allows("prefetch"),
+        )
+    )

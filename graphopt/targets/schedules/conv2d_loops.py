@@ -1,0 +1,444 @@
+"""The loop nest of a direct convolution, written out in TIR.
+
+The schedule language cuts an axis into equal tiles and keeps one body for all. Here each run of tiles has a body of its
+own: borders, rests, and the requests for the next block's weights are where they belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.targets.relax.computes import WINDOW
+from graphopt.targets.schedules import prefetch
+from graphopt.targets.schedules.register_tiles import POINT, Axis, Run
+from graphopt.targets.schedules.workload import Workload, extents, inline_epilogue, new_schedule, nodes
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a `conv2d` block computes: data (N, groups * in_blocks, rows * columns, in_lanes), and so on."""
+
+    batch: int
+    out_blocks: int
+    """Of one group."""
+    out_lanes: int
+    in_blocks: int
+    """Of one group."""
+    in_lanes: int
+    groups: int
+    rows: Axis
+    columns: Axis
+    flipped: bool = False
+    """True when rows and columns are swapped."""
+
+    @classmethod
+    def of(cls, block) -> Window:
+        """The window of a `conv2d` block, in the form that is cut best.
+
+        A 1x1 window without stride and padding sees one long row, which is cut along `rows`; so is the row of a
+        picture of height 1.
+        """
+        batch, out_blocks, _, out_lanes, in_blocks, k_h, in_lanes, k_w = extents(block)
+        described = (int(x) for x in block.annotations[WINDOW])
+        height, width, out_h, out_w, s_h, s_w, top, left, d_h, d_w, groups = described
+        rows, columns = Axis(out_h, height, k_h, s_h, d_h, top), Axis(out_w, width, k_w, s_w, d_w, left)
+        found = cls(batch, out_blocks // groups, out_lanes, in_blocks, in_lanes, groups, rows, columns)
+        if all((a.kernel, a.stride, a.pad, a.extent) == (1, 1, 0, a.length) for a in (rows, columns)):
+            area = height * width
+            return replace(found, rows=replace(rows, extent=area, length=area), columns=POINT)
+        if rows == POINT:
+            return replace(found, rows=columns, columns=rows, flipped=True)
+        return found
+
+    @property
+    def taps(self) -> int:
+        """Multiply-accumulates of one output; an output block has as many vectors of weights."""
+        return self.in_blocks * self.in_lanes * self.rows.kernel * self.columns.kernel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tile is: loop variables, or numbers."""
+
+    n: Any
+    group: Any
+    out: Any
+    """First output block, counted within the group."""
+    row: Any
+    column: Any
+    number: Any
+    """How many tiles of the same output blocks come before this one."""
+    panel: Any = 0
+    """Which of the panels of input channels."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all tiles share."""
+
+    panel: int
+    """Input blocks of a panel."""
+    panels: int
+    tiles: int
+    """Of the same output blocks."""
+    ahead: bool
+    level: int = prefetch.L1
+    """The cache that weights are requested into."""
+
+
+class ConvolutionLoops:
+    """Writes the loops of a workload whose anchor is `conv2d` and whose only other producer is `pad`."""
+
+    def __init__(self, workload: Workload):
+        from tvm.ir.expr import TensorLoad
+
+        self.func = workload.func
+        self.block = workload.blocks["conv2d"]
+        self.window = Window.of(self.block)
+        out_lanes, lanes = self.window.out_lanes, workload.machine.lanes
+        self.lanes = lanes if out_lanes % lanes == 0 else out_lanes
+        self.vectors = out_lanes // self.lanes
+        """Of one output block."""
+        schedule = new_schedule(workload.func)
+        self.epilogue = schedule.get(inline_epilogue(schedule, "conv2d"))
+        self.sum = schedule.get(schedule.get_sblock("conv2d")).body.buffer
+        self.is_apart = extents(self.epilogue) != extents(self.block)[:4]
+        """True when the epilogue broadcasts the convolution: then it is computed whole, and the epilogue follows."""
+        self.product = self.block.body.value.b
+        data, weight = nodes(self.product, TensorLoad)
+        self.data, self.weight = data.source, weight.source
+        if "pad" in workload.blocks:  # the tiles skip what lies outside, so the padded copy is not needed
+            (load,) = nodes(workload.blocks["pad"].body, TensorLoad)
+            self.data = load.source
+
+    def write(self, rows: int, columns: int, outs: int, *, panel: int, order: str, parallel: bool, ahead: bool) -> Any:
+        """The function with tiles of at most rows x columns outputs x `outs` output blocks.
+
+        `panel`: input blocks that are added before the next tile's turn; sums wait in memory where it is not all of
+        them. `order`: which is outer, output blocks ("weights" stay in cache) or positions ("data" stays). `ahead`:
+        request the next panel's weights while computing with this one.
+        """
+        from tvm import tirx
+
+        window = self.window
+        row_runs, column_runs = window.rows.runs(rows), window.columns.runs(columns)
+        out_runs = replace(POINT, extent=window.out_blocks, length=window.out_blocks).runs(outs)
+        across = sum(run.count for run in column_runs)
+        down = sum(run.count for run in row_runs)
+        panels = window.in_blocks // panel
+        sizes = {"n": window.batch, "group": window.groups, "out": sum(r.count for r in out_runs), "row": down}
+        plan = _Plan(panel, panels, across * down, ahead and order == "weights")
+        largest = max(r.size for r in row_runs) * max(c.size for c in column_runs) * out_runs[0].size * self.vectors
+
+        def columns_of(n, group, row_run, row, before, body) -> Any:
+            """All tiles of a row; `body` makes each from its place but for the output block, and its runs."""
+            done, statements = 0, []
+            for run in column_runs:
+
+                def at(i, run=run, done=done):
+                    place = _Place(n, group, 0, row, run.first + i * run.size, before * across + done + i)
+                    return body(place, row_run, run)
+
+                statements.append(_loop("column", run.count, at))
+                done += run.count
+            return _sequence(statements)
+
+        def tiles_of(n, group, t, body) -> Any:
+            return _choose(
+                t, row_runs, lambda run, i: columns_of(n, group, run, run.first + i * run.size, t, body)
+            )  # fmt: skip
+
+        def outs_of(place, row_run, column_run) -> Any:
+            return _sequence(
+                _loop(
+                    "out",
+                    run.count,
+                    lambda k, run=run: self._tile(
+                        replace(place, out=run.first + k * run.size), row_run, column_run, run.size, plan, None
+                    ),
+                )
+                for run in out_runs
+            )
+
+        def out_first(n, group, k, t) -> Any:
+            return _choose(
+                k,
+                out_runs,
+                lambda run, i: tiles_of(
+                    n, group, t,
+                    lambda place, r, c: self._tile(
+                        replace(place, out=run.first + i * run.size), r, c, run.size, plan, None
+                    ),
+                ),
+            )  # fmt: skip
+
+        def in_panels(n, group, k) -> Any:
+            waiting = tirx.decl_buffer((plan.tiles * largest * self.lanes,), "float32", "waiting")
+
+            def of_run(run, i) -> Any:
+                def at(p, t) -> Any:
+                    def tile(place, r, c) -> Any:
+                        placed = replace(place, out=run.first + i * run.size, panel=p)
+                        return self._tile(placed, r, c, run.size, plan, (waiting, largest))
+
+                    return tiles_of(n, group, t, tile)
+
+                return _nest({"panel": panels, "row": down}, at, False)
+
+            return _sequence([tirx.AllocBuffer(waiting), _choose(k, out_runs, of_run)])
+
+        if order == "data":
+            del sizes["out"]
+            body = _nest(sizes, lambda n, group, t: tiles_of(n, group, t, outs_of), parallel)
+        elif panels == 1:
+            body = _nest(sizes, out_first, parallel)
+        else:
+            del sizes["row"]
+            body = _nest(sizes, in_panels, parallel)
+        if self.is_apart:
+            body = _sequence([tirx.AllocBuffer(self.sum), body, self._epilogue_apart(parallel)])
+        return self.func.with_body(body)
+
+    def _epilogue_apart(self, parallel: bool) -> Any:
+        batch, blocks, positions, _ = extents(self.epilogue)
+
+        def at(n, block, position) -> Any:
+            def stores(v):
+                cells = ((n, block, position, vector * self.lanes + v) for vector in range(self.vectors))
+                return [self._epilogue_at(place, None) for place in cells]
+
+            return self._vector(stores)
+
+        return _nest({"n": batch, "block": blocks, "position": positions}, at, parallel)
+
+    def _tile(self, place: _Place, rows: Run, columns: Run, outs: int, plan: _Plan, waiting) -> Any:
+        """Start with zeros or with the sums that wait, add every product of the panel, store or let wait."""
+        from tvm import tirx
+
+        lanes = self.lanes
+        per_out = rows.size * columns.size * self.vectors
+        sums = tirx.decl_buffer((outs * per_out * lanes,), "float32", "sums", scope="local")
+        zero = tirx.const(0, "float32")
+        every = range(outs * per_out)
+
+        def cell(out, row, column, vector, v):
+            return (((out * rows.size + row) * columns.size + column) * self.vectors + vector) * lanes + v
+
+        def results(v):
+            return [
+                self._result(place, row, column, out, vector * lanes + v, sums[cell(out, row, column, vector, v)])
+                for out in range(outs)
+                for row in range(rows.size)
+                for column in range(columns.size)
+                for vector in range(self.vectors)
+            ]
+
+        begin = self._vector(lambda v: [tirx.BufferStore(sums, zero, [k * lanes + v]) for k in every])
+        end = self._vector(results)
+        if waiting is not None:
+            memory, largest = waiting
+            base = place.number * (largest * lanes)
+            resume = self._vector(
+                lambda v: [tirx.BufferStore(sums, memory[base + k * lanes + v], [k * lanes + v]) for k in every]
+            )
+            wait = self._vector(
+                lambda v: [tirx.BufferStore(memory, sums[k * lanes + v], [base + k * lanes + v]) for k in every]
+            )
+            begin = tirx.IfThenElse(place.panel == 0, begin, resume)
+            end = tirx.IfThenElse(place.panel == plan.panels - 1, end, wait)
+        if not rows.taps or not columns.taps:
+            return _sequence([tirx.AllocBuffer(sums), begin, end])
+        steps = sum(a.count * b.count for a in rows.taps for b in columns.taps)
+
+        def at_tap(ico, a: _Tap, b: _Tap, step):
+            def accumulate(ici):
+                def products(v):
+                    stores = []
+                    for row in a.outputs:
+                        for column in b.outputs:
+                            for out in range(outs):
+                                for vector in range(self.vectors):
+                                    at, lane = cell(out, row, column, vector, v), vector * lanes + v
+                                    tap = (place.panel * plan.panel + ico, a.tap, b.tap, ici)
+                                    term = self._term(place, row, column, out, lane, *tap)
+                                    stores.append(tirx.BufferStore(sums, sums[at] + term, [at]))
+                    return stores
+
+                return self._vector(products)
+
+            turn = (place.number * plan.panel + ico) * steps + step
+            requests = self._requests(place, outs, plan, turn, plan.tiles * plan.panel * steps)
+            return _sequence([*requests, _loop("ici", self.window.in_lanes, accumulate)])
+
+        def at_block(ico):
+            done, statements = 0, []
+            for a in rows.taps:
+                for b in columns.taps:
+
+                    def at_kh(i, a=a, b=b, done=done):
+                        def at_kw(j):
+                            step = done + i * b.count + j
+                            return at_tap(ico, _Tap(a.first + i, a.outputs), _Tap(b.first + j, b.outputs), step)
+
+                        return _loop("kw", b.count, at_kw)
+
+                    statements.append(_loop("kh", a.count, at_kh))
+                    done += a.count * b.count
+            return _sequence(statements)
+
+        return _sequence([tirx.AllocBuffer(sums), begin, _loop("ico", plan.panel, at_block), end])
+
+    def _requests(self, place: _Place, outs: int, plan: _Plan, turn, turns: int) -> list[Any]:
+        """Requests for this turn's share of the next panel's weights, of `turns` turns."""
+        from tvm import tirx
+
+        if not plan.ahead:
+            return []
+        window = self.window
+        block = window.taps // window.in_blocks * window.out_lanes * _bytes(self.weight)
+        lines = plan.panel * block // prefetch.LINE_BYTES
+        """Of one output block's panel; they are contiguous."""
+        count = -(-lines // turns)
+        now = place.group * window.out_blocks + place.out
+        first = (now + outs) * window.in_blocks
+        if plan.panels > 1:
+            following = now * window.in_blocks + (place.panel + 1) * plan.panel
+            first = tirx.Select(place.panel == plan.panels - 1, first, following)
+        found = []
+        for out in range(outs):
+            start = (first + out * window.in_blocks) * (block // prefetch.LINE_BYTES) + turn * count
+            found += prefetch.lines(self.weight, start, count, plan.level)
+        if count * turns > 1.25 * lines:
+            return [tirx.IfThenElse(turn * count < lines, _sequence(found), None)]
+        return found
+
+    def _vector(self, statements: Callable[[Any], list[Any]]) -> Any:
+        """Statements for every lane at once."""
+        from tvm import tirx
+
+        v = tirx.Var("v", "int32")
+        return tirx.For(v, 0, self.lanes, tirx.ForKind.VECTORIZED, _sequence(statements(v)))
+
+    def _term(self, place: _Place, row, column, out, lane, ico, tap_h, tap_w, ici) -> Any:
+        """The block's product, for one output and one tap."""
+        from tvm.ir.expr import TensorLoad
+
+        window = self.window
+        a, b = window.rows, window.columns
+        y = (place.row + row) * a.stride + tap_h * a.dilation - a.pad
+        x = (place.column + column) * b.stride + tap_w * b.dilation - b.pad
+        data = self.data[place.n, place.group * window.in_blocks + ico, y * b.length + x, ici]
+        k_h, k_w = (tap_w, tap_h) if window.flipped else (tap_h, tap_w)
+        weight = self.weight[place.group * window.out_blocks + place.out + out, ico, k_h, k_w, ici, lane]
+        product = self.product
+        if isinstance(product.a, TensorLoad) and isinstance(product.b, TensorLoad):
+            return data * weight
+        return _with_loads(product, lambda load: weight if load.source.same_as(self.weight) else data)
+
+    def _result(self, place: _Place, row, column, out, lane, total) -> Any:
+        """Store one output, through the epilogue."""
+        from tvm import tirx
+
+        block = place.group * self.window.out_blocks + place.out + out
+        position = (place.row + row) * self.window.columns.extent + place.column + column
+        at = (place.n, block, position, lane)
+        return tirx.BufferStore(self.sum, total, list(at)) if self.is_apart else self._epilogue_at(at, total)
+
+    def _epilogue_at(self, at: tuple[Any, ...], total) -> Any:
+        """The epilogue's store for one output; `total` stands for the convolution's result, None for its buffer."""
+        import tvm_ffi
+        from tvm import tirx
+        from tvm.ir import Var
+
+        names = [v.var for v in self.epilogue.iter_vars]
+        numbers = [tirx.const(x, "int32") if isinstance(x, int) else x for x in at]
+        store = self.epilogue.body
+
+        def value_of(var):
+            return next((number for name, number in zip(names, numbers, strict=True) if name.same_as(var)), var)
+
+        def substituted(expression):
+            return tvm_ffi.structural_map(expression, [(Var, value_of)])
+
+        value = store.value
+        if total is not None:
+            value = _with_loads(value, lambda load: total if load.source.same_as(self.sum) else load)
+        return tirx.BufferStore(store.buffer, substituted(value), [substituted(i) for i in store.indices])
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One tap along an axis, and the outputs of a tile that read it."""
+
+    tap: Any
+    outputs: Sequence[int]
+
+
+def _with_loads(expression, replacement: Callable[[Any], Any]) -> Any:
+    import tvm_ffi
+    from tvm.ir.expr import TensorLoad
+
+    return tvm_ffi.structural_map(expression, [(TensorLoad, replacement)])
+
+
+def _sequence(statements) -> Any:
+    from tvm import tirx
+
+    found = list(statements)
+    return found[0] if len(found) == 1 else tirx.SeqStmt(found)
+
+
+def _loop(name: str, extent: int, body: Callable[[Any], Any]) -> Any:
+    """A loop; none for a single turn."""
+    from tvm import tirx
+
+    if extent == 1:
+        return body(0)
+    var = tirx.Var(name, "int32")
+    return tirx.For(var, 0, extent, tirx.ForKind.SERIAL, body(var))
+
+
+def _nest(axes: dict[str, int], body: Callable[..., Any], parallel: bool) -> Any:
+    """Loops over all axes, one in the other; or one parallel loop over all of them together."""
+    from tvm import tirx
+
+    if not parallel:
+        names, sizes = list(axes), list(axes.values())
+
+        def level(k, *variables):
+            if k == len(names):
+                return body(*variables)
+            return _loop(names[k], sizes[k], lambda i: level(k + 1, *variables, i))
+
+        return level(0)
+    total = 1
+    for size in axes.values():
+        total *= size
+    turn = tirx.Var("turn", "int32")
+    variables, rest = [], turn
+    for size in reversed(axes.values()):
+        variables.insert(0, rest % size if size > 1 else 0)
+        rest = rest // size
+    return tirx.For(turn, 0, total, tirx.ForKind.PARALLEL, body(*variables))
+
+
+def _choose(number, runs: Sequence[Run], body: Callable[[Run, Any], Any]) -> Any:
+    """The body of the run that tile `number` belongs to, given the tile's place in it."""
+    from tvm import tirx
+
+    def level(k: int, before: int) -> Any:
+        run = runs[k]
+        here = body(run, number - before)
+        if k == len(runs) - 1:
+            return here
+        return tirx.IfThenElse(number < before + run.count, here, level(k + 1, before + run.count))
+
+    return level(0, 0)
+
+
+def _bytes(buffer) -> int:
+    import tvm
+
+    return tvm.DataType(str(buffer.dtype)).bits // 8
