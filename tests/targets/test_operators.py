@@ -59,23 +59,60 @@ def test_unary(op):
     agree(model([node(op, ["x"], ["y"], **UNARY[op])], {"x": x}, ["y"]), {"x": x}, 16 * EPSILON)
 
 
-@pytest.mark.parametrize(("name", "exact"), [("exp", np.exp), ("tanh", np.tanh)])
-def test_own_functions_to_the_last_places(name, exact):
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("function", "exact", "ulps"),
+    [(elementwise.exp_of, np.exp, 1), (elementwise.tanh_of, np.tanh, 2), (elementwise.sigmoid_of, _sigmoid, 4)],
+)
+def test_own_functions_to_the_last_places(function, exact, ulps):
     """Within a few units in the last place of float64's answer, over the whole range and near zero."""
+    wide = np.linspace(-87, 88.7, 200_001)
+    x = np.concatenate([wide, wide * 1e-1, wide * 1e-2, wide * 1e-4]).astype(np.float32)
+    wanted = exact(x.astype(np.float64))
+    ulp = np.spacing(np.abs(wanted).astype(np.float32)).astype(np.float64)
+    assert np.max(np.abs(_applied(function, x) - wanted) / ulp) <= ulps
+
+
+def _applied(function, x: np.ndarray) -> np.ndarray:
     import tvm
     from tvm import te
 
-    wide = np.linspace(-87, 88, 200_001)
-    x = np.concatenate([wide, wide * 1e-2, wide * 1e-4]).astype(np.float32)
     data = te.placeholder(x.shape, "float32", name="x")
-    function = {"exp": elementwise.exp_of, "tanh": elementwise.tanh_of}[name]
-    out = elementwise.mapped(function, name)(data)
-    built = tvm.compile(te.create_prim_func([data, out]), target=TARGET.tvm_target())
+    built = tvm.compile(
+        te.create_prim_func([data, elementwise.mapped(function, "f")(data)]), target=TARGET.tvm_target()
+    )
     found = tvm.runtime.empty(x.shape, "float32")
     built(tvm.runtime.tensor(x), found)
-    wanted = exact(x.astype(np.float64))
-    ulp = np.spacing(np.abs(wanted).astype(np.float32)).astype(np.float64)
-    assert np.max(np.abs(found.numpy() - wanted) / ulp) <= 4
+    return found.numpy()
+
+
+def test_reciprocal_over_its_range():
+    x = np.concatenate([np.linspace(1, 4, 100_001), np.exp2(np.linspace(0, 126, 10_001))]).astype(np.float32)
+    wanted = 1 / x.astype(np.float64)
+    found = _applied(elementwise.reciprocal_of, x)
+    assert np.max(np.abs(found - wanted) / np.spacing(wanted.astype(np.float32))) <= 2
+
+
+@pytest.mark.parametrize("function", [elementwise.exp_of, elementwise.tanh_of, elementwise.sigmoid_of])
+def test_not_a_number_stays_one(function):
+    x = np.full(40, np.nan, np.float32)
+    assert np.isnan(_applied(function, x)).all()
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Exp"])
+def test_an_activation_between_a_convolution_and_readers(op):
+    """Its value is read three times."""
+    x = uniform(1, 1, 16, 6, 6)
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node(op, ["a"], ["b"]),
+        node("Mul", ["a", "b"], ["c"]),
+        node("Add", ["c", "b"], ["y"]),
+    ]
+    agree(model(nodes, {"x": x}, ["y", "b"], {"w": uniform(2, 16, 16, 1, 1)}), {"x": x}, sum_tolerance(16))
 
 
 def test_exp_at_its_ends():
