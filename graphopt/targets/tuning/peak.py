@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from graphopt.targets.cpu import Cpu
 
@@ -28,7 +30,7 @@ def fma_gflops(target: Cpu) -> float:
     operands = [tvm.runtime.empty((machine.lanes,), "float32") for _ in range(2)]
     out = tvm.runtime.empty(((machine.registers - 4) * machine.lanes,), "float32")
     for operand in (*operands, out):
-        operand.copyfrom(operand.numpy() * 0 + 0.5)
+        operand.copyfrom(np.full(tuple(operand.shape), 0.5, np.float32))
     best = float("inf")
     for _ in range(WINDOWS):
         begin = time.perf_counter()
