@@ -20,6 +20,7 @@ import numpy as np
 
 from graphopt.capabilities import host_features
 from graphopt.errors import ArtifactError, DataError
+from graphopt.runtime import amx_permission
 
 LIBRARY = "model.so"
 DESCRIPTION = "engine.json"
@@ -44,6 +45,8 @@ class TvmEngine:
         self.folder = Path(folder)
         description = _read_description(self.folder)
         _check_processor(description, self.folder)
+        if description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]:
+            amx_permission.require(str(self.folder))
         library = self.folder / LIBRARY
         _check_whole(library, description)
         self.threads = threads or available_processors()

@@ -21,6 +21,7 @@ from graphopt import capabilities
 from graphopt.capabilities import X86_FEATURES, Capabilities
 from graphopt.errors import SpecError, TargetError
 from graphopt.progress import SILENT, Progress
+from graphopt.runtime import amx_permission
 from graphopt.targets.base import Diagnosis, Lowered, Target, TuningReport
 
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
@@ -102,6 +103,11 @@ class Cpu(Target):
                 hint="use precision float32",
             )
 
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether kernels may use AMX tile registers, for which a process must ask."""
+        return self.precision == "bfloat16" and "amx_bf16" in self.features
+
     def machine(self):
         """What schedules need to know."""
         from graphopt.targets.schedules.workload import Machine
@@ -172,6 +178,8 @@ class Cpu(Target):
 
         if seconds > 0 and not self.features <= capabilities.host_features():
             raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
+        if seconds > 0 and self.uses_tiles:
+            amx_permission.require(f"a kernel for {self}")
         lowered = cast(LoweredModel, lowered)
         search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
         return search.run(seconds)
@@ -257,7 +265,7 @@ def doctor() -> list[Diagnosis]:
         Diagnosis("processors", True, f"{available_processors()} of {os.cpu_count()} usable by this process"),
     ]
     if "amx_tile" in here.features:
-        granted = _amx_permission()
+        granted = amx_permission.granted()
         rows.append(
             Diagnosis("AMX", granted, "the kernel lets this process use tile registers" if granted else "refused",
                       "" if granted else "needs Linux 5.16 or newer")
@@ -272,17 +280,6 @@ def _pinned(package: str, wanted: str) -> Diagnosis:
         return Diagnosis(package, False, "not installed", f"pip install {package}=={wanted}")
     remedy = "" if found == wanted else f"pip install {package}=={wanted}"
     return Diagnosis(package, found == wanted, found, remedy)
-
-
-def _amx_permission() -> bool:
-    """Ask Linux for the tile registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
-    import ctypes
-
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-    except OSError:
-        return False
-    return libc.syscall(158, 0x1023, 18) == 0
 
 
 __all__ = ["Cpu", "LoweredModel", "SpecError", "doctor"]
