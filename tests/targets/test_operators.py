@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
-from graphopt.targets.relax import elementwise
+from graphopt.targets.relax import elementwise, pipeline
 from tests.targets.oracle import EPSILON, TARGET, agree, compiled, model, node, sum_tolerance, uniform
 
 CASES = settings(max_examples=15, deadline=None, derandomize=True)
@@ -196,6 +196,25 @@ def test_concatenation_of_blocked_activations(sizes):
     nodes = [node("Conv", ["x", f"w{i}"], [f"a{i}"]) for i in range(len(sizes))]
     nodes += [node("Concat", [f"a{i}" for i in range(len(sizes))], ["c"], axis=1), node("Conv", ["c", "v"], ["y"])]
     agree(model(nodes, {"x": x}, ["y"], constants), {"x": x}, sum_tolerance(8 * sum(sizes)))
+
+
+def test_squeeze_and_excite_scales_in_a_kernel_of_its_own():
+    """Fused into the small convolution, the scaling would compute that convolution again for every tile."""
+    x = uniform(1, 1, 32, 9, 9)
+    constants = {"d": uniform(2, 32, 1, 3, 3), "s": uniform(3, 8, 32, 1, 1), "e": uniform(4, 32, 8, 1, 1)}
+    nodes = [
+        node("Conv", ["x", "d"], ["a"], group=32, pads=[1, 1, 1, 1]),
+        node("GlobalAveragePool", ["a"], ["p"]),
+        node("Conv", ["p", "s"], ["q"]),
+        node("Relu", ["q"], ["r"]),
+        node("Conv", ["r", "e"], ["t"]),
+        node("HardSigmoid", ["t"], ["u"]),
+        node("Mul", ["a", "u"], ["y"]),
+    ]
+    made = model(nodes, {"x": x}, ["y"], constants)
+    kernels = pipeline.prim_funcs(TARGET.lower(made).module)
+    assert not any("conv2d" in name and "multiply" in name for name in kernels)
+    agree(made, {"x": x}, sum_tolerance(9 * 32))
 
 
 def test_batch_norm():

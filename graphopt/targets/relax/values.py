@@ -206,7 +206,10 @@ class Builder:
             return getattr(topi, operation)(*operands)
 
         shapes = [tuple(int(d) for d in x.ty.shape.values) for x in (left, right)]
-        pattern = ELEMENTWISE if np.broadcast_shapes(*shapes) in shapes else BROADCAST
+        whole = np.broadcast_shapes(*shapes)
+        pattern = ELEMENTWISE if whole in shapes else BROADCAST
+        if any(shape != whole and not _is_constant(x) for x, shape in zip((left, right), shapes, strict=True)):
+            pattern = INJECTIVE  # fused into what computes the smaller operand it would compute that once a tile
         return self.call(combined, left, right, pattern=pattern, name=operation)
 
     def meet(self, *values: Value) -> None:
@@ -262,6 +265,12 @@ class Builder:
 def element_type(expression) -> str:
     """The element type of a Relax tensor expression."""
     return str(expression.ty.dtype)
+
+
+def _is_constant(expression) -> bool:
+    import tvm
+
+    return isinstance(expression, tvm.ir.GenericConst)
 
 
 def block_array(array: np.ndarray, block: int) -> np.ndarray:
