@@ -69,12 +69,28 @@ def test_depthwise(channels, size, kernel, strides, dilations, pads):
     agree(model(nodes, {"x": x}, ["y"], constants), {"x": x}, sum_tolerance(kernel[0] * kernel[1]))
 
 
-@pytest.mark.parametrize(("channels", "outs", "groups"), [(32, 64, 2), (64, 32, 2), (12, 8, 4), (48, 96, 3)])
-def test_grouped(channels, outs, groups):
-    x = uniform(1, 1, channels, 7, 9)
-    constants = {"w": uniform(2, outs, channels // groups, 3, 3)}
-    made = model([node("Conv", ["x", "w"], ["y"], group=groups, pads=[1, 1, 1, 1])], {"x": x}, ["y"], constants)
-    agree(made, {"x": x}, sum_tolerance(channels * 9))
+@CASES
+@given(
+    groups=st.sampled_from([2, 3, 4, 8, 32]),
+    ins=st.sampled_from([1, 2, 4, 7, 8, 16]),
+    outs=st.sampled_from([1, 2, 4, 5, 8, 16]),
+    batch=st.integers(1, 2),
+    size=st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    stride=st.integers(1, 2),
+    after_conv=st.booleans(),
+)
+def test_grouped(groups, ins, outs, batch, size, stride, after_conv):
+    channels = groups * ins
+    x = uniform(1, batch, channels, *size)
+    constants = {"w": uniform(2, groups * outs, ins, 3, 3) / (9 * ins) ** 0.5, "b": uniform(3, groups * outs)}
+    nodes, source = [], "x"
+    if after_conv:
+        constants["first"] = uniform(4, channels, channels, 1, 1) / channels**0.5
+        nodes.append(node("Conv", ["x", "first"], ["a"]))
+        source = "a"
+    window = {"group": groups, "pads": [1, 1, 1, 1], "strides": [stride, stride]}
+    nodes.append(node("Conv", [source, "w", "b"], ["y"], **window))
+    agree(model(nodes, {"x": x}, ["y"], constants), {"x": x}, sum_tolerance(ins * 9 + channels))
 
 
 @CASES
