@@ -146,7 +146,7 @@ class Cpu(Target):
 
         self.check_precision()
         imported = importer.import_model(model, self.capabilities.float_lanes, self.precision)
-        module = pipeline.fuse(imported)
+        module = pipeline.fuse(imported, chains="fusion" not in self.switched_off)
         result = imported["main"].ret_ty
         fields = list(result.fields) if hasattr(result, "fields") else [result]
         params = imported["main"].params

@@ -11,17 +11,17 @@ from graphopt.errors import TargetError
 from graphopt.targets.schedules.workload import Kernel
 
 
-def fuse(module):
-    """Legalise Relax operators to PrimFuncs and fuse each chain with the kernel before it."""
+def fuse(module, chains: bool = True):
+    """Legalise Relax operators to PrimFuncs; with `chains` fuse each chain of them with the kernel before it."""
     import tvm
     from tvm.relax import transform
 
+    fusion = [transform.FuseOps(), transform.FuseTIR()] if chains else []
     return tvm.transform.Sequential(
         [
             transform.LegalizeOps(),
             transform.AnnotateTIROpPattern(),
-            transform.FuseOps(),
-            transform.FuseTIR(),
+            *fusion,
             transform.DeadCodeElimination(),
         ]
     )(module)
