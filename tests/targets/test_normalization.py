@@ -121,7 +121,7 @@ def test_gelu(form):
 def test_gelu_as_exporters_write_it():
     """Div, Erf, Add, Mul, Mul; the division by a constant is a multiplication here."""
     x = 4 * uniform(1, 7, 40)
-    constants = {"r": np.float32(math.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}
+    constants = {k: np.asarray(v, np.float32) for k, v in (("r", math.sqrt(2)), ("one", 1), ("half", 0.5))}
     nodes = [
         node("Div", ["x", "r"], ["a"]),
         node("Erf", ["a"], ["e"]),
@@ -136,5 +136,5 @@ def test_gelu_as_exporters_write_it():
 
 def test_division_by_a_constant_keeps_zero_and_infinity():
     x = np.array([[0.0, -0.0, np.inf, 1e-38, 3.0]], np.float32)
-    made = model([node("Div", ["x", "c"], ["y"])], {"x": x}, ["y"], {"c": np.float32(3)})
+    made = model([node("Div", ["x", "c"], ["y"])], {"x": x}, ["y"], {"c": np.asarray(3, np.float32)})
     np.testing.assert_allclose(compiled(made, {"x": x})["y"], x / np.float32(3), rtol=2 * EPSILON)

@@ -25,11 +25,11 @@ import onnx.inliner
 import onnx_ir as ir
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
-from graphopt.targets.relax import bfloat16, constants, convolution, normalization, operators
+from graphopt.targets.relax import bfloat16, constants, convolution, normalization, operators, views
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.values import Builder, Value
 
-_ = (convolution, normalization, operators)  # importing them fills EMITTERS
+_ = (convolution, normalization, operators, views)  # importing them fills EMITTERS
 _DTYPES = frozenset(
     ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import elementwise
+from graphopt.targets.relax import elementwise, views
 from graphopt.targets.relax.emitters import Inputs, Node, emits
 from graphopt.targets.relax.values import OPAQUE, Builder, Value
 
@@ -60,8 +60,21 @@ def layer_norm_rows(data, scale, bias, *, epsilon: float):
     return te.compute((*lead, columns), cell, name="layer_norm")
 
 
-def _shaped(builder: Builder, expression, old: tuple[int, ...], new: tuple[int, ...]):
-    return expression if old == new else builder.reshape(expression, new)
+def _rows(builder: Builder, value: Value, rows: int, columns: int):
+    """A Relax expression of the value as a matrix."""
+    assert value.shape is not None
+    if value.shape == (rows, columns):
+        return builder.plain(value)
+    found = views.reshaped(builder, value, (rows, columns))
+    return builder.reshape(builder.plain(value), (rows, columns)) if found is None else builder.plain(found)
+
+
+def _unfolded(builder: Builder, matrix, rows: int, columns: int, shape: tuple[int, ...]) -> Value:
+    """A matrix in the shape that its value has in the model."""
+    value = Value((rows, columns), "float32", plain=matrix)
+    if shape == (rows, columns):
+        return value
+    return views.reshaped(builder, value, shape) or Value(shape, "float32", plain=builder.reshape(matrix, shape))
 
 
 @emits("Softmax")
@@ -76,9 +89,9 @@ def softmax(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     rows, columns = math.prod(data.shape[:axis]), math.prod(data.shape[axis:])
     if node.opset >= 13:
         columns = data.shape[axis]
-    flat = _shaped(builder, builder.plain(data), data.shape, (rows, columns))
+    flat = _rows(builder, data, rows, columns)
     done = builder.call(softmax_rows, flat, pattern=OPAQUE, name="softmax")
-    return [Value(data.shape, "float32", plain=_shaped(builder, done, (rows, columns), data.shape))]
+    return [_unfolded(builder, done, rows, columns, data.shape)]
 
 
 @emits("LayerNormalization")
@@ -95,7 +108,7 @@ def layer_normalization(builder: Builder, node: Node, inputs: Inputs) -> list[Va
         return None
     shift = np.zeros(1, np.float32) if bias is None or bias.const is None else bias.const
     vectors = [np.broadcast_to(v.reshape(-1), (columns,)).astype(np.float32) for v in (scale.const, shift)]
-    flat = _shaped(builder, builder.plain(data), data.shape, (rows, columns))
+    flat = _rows(builder, data, rows, columns)
     done = builder.call(
         layer_norm_rows,
         flat,
@@ -104,4 +117,4 @@ def layer_normalization(builder: Builder, node: Node, inputs: Inputs) -> list[Va
         pattern=OPAQUE,
         name="layer_norm",
     )
-    return [Value(data.shape, "float32", plain=_shaped(builder, done, (rows, columns), data.shape))]
+    return [_unfolded(builder, done, rows, columns, data.shape)]

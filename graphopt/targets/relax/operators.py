@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, elementwise
+from graphopt.targets.relax import computes, elementwise, views
+from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
 from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, Builder, Value
 
@@ -104,10 +105,12 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
         return None
     divisor = _scalar(b) if divides else None
     if divisor and np.isfinite(np.float32(1 / divisor)):  # within half a unit in the last place, and ten times as fast
-        assert b.shape is not None
-        b = Value(b.shape, b.dtype, const=np.full(b.shape, 1 / divisor, np.float32))
+        b = Value(b.shape, b.dtype, const=np.full(b.shape or (), 1 / divisor, np.float32))
         operation, divides = "multiply", False
-    shape = np.broadcast_shapes(a.shape, b.shape)
+    shape = np.broadcast_shapes(a.shape, b.shape or ())
+    factor = _scalar(b) if operation == "multiply" else None
+    if isinstance(a, views.Strided) and factor is not None and shape == a.shape:
+        return a.scaled(factor)
     builder.meet(a, b)
     for like in (a, b):
         if like.blocked is None or (divides and like.has_filler) or not _spans(like, shape):
@@ -231,7 +234,9 @@ def reshape(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     shape = _new_shape(node, data.shape, inputs[1] if len(inputs) > 1 else None)
     if shape is None or int(np.prod(shape)) != int(np.prod(data.shape)):
         return None
-    return [data] if shape == data.shape else [_reshaped(builder, data, shape)]
+    if shape == data.shape:
+        return [data]
+    return [views.reshaped(builder, data, shape) or _reshaped(builder, data, shape)]
 
 
 def _new_shape(node: Node, old: tuple[int, ...], operand: Value | None) -> tuple[int, ...] | None:
@@ -330,8 +335,11 @@ def matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
 
     data, weight = inputs[0], inputs[1]
     bias = inputs[2] if len(inputs) > 2 else None
-    if data is None or weight is None or data.dtype != "float32" or data.shape is None or weight.const is None:
+    if data is None or weight is None or data.dtype != "float32" or data.shape is None:
         return None
+    if weight.const is None:
+        done = products.product_of_activations(builder, data, weight) if node.op_type == "MatMul" else None
+        return None if done is None else [done]
     matrix = weight.const
     if matrix.ndim != 2 or len(data.shape) < 2 or node.get("transA", 0):
         return None

@@ -11,10 +11,27 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from graphopt.targets.relax import stack_buffers
-from graphopt.targets.schedules import conv2d_amx, conv2d_blocked, generic, matmul_blocked, matmul_packed, rowwise, window
+from graphopt.targets.schedules import (
+    batch_matmul,
+    conv2d_amx,
+    conv2d_blocked,
+    generic,
+    matmul_blocked,
+    matmul_packed,
+    rowwise,
+    window,
+)
 from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
-TEMPLATES: tuple[ModuleType, ...] = (conv2d_amx, conv2d_blocked, window, matmul_blocked, matmul_packed, rowwise)
+TEMPLATES: tuple[ModuleType, ...] = (
+    conv2d_amx,
+    conv2d_blocked,
+    window,
+    matmul_blocked,
+    matmul_packed,
+    batch_matmul,
+    rowwise,
+)
 """In the order of their first guesses: the first template that matches gives a kernel's decision without a search."""
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.targets.schedules.workload import Workload, extents, new_schedule, nodes
+from graphopt.targets.schedules.workload import Machine, Workload, extents, new_schedule, nodes
 
 DEPTH = 16
 """Elements of a row of the left operand that lie together."""
@@ -123,6 +123,23 @@ def row_tile(rows: int, most: int) -> list[int]:
     return sorted(range(max(most // 2, 1), most + 1), key=cost)
 
 
+def register_tiles(rows: int, columns: int, machine: Machine) -> list[dict[str, int]]:
+    """Decisions {rows, vectors} for a product of this size, by predicted time."""
+    lanes = machine.lanes
+    found: list[tuple[float, dict[str, int]]] = []
+    for vectors in (2, 3, 4, 1):
+        if vectors > 1 and vectors * lanes >= columns + lanes:
+            continue
+        most = min((machine.registers - vectors - 1) // vectors, 14)
+        for height in row_tile(rows, most)[:2]:
+            padded = -(-columns // (vectors * lanes)) * vectors * lanes / columns * -(-rows // height) * height / rows
+            latency = max(8 / (height * vectors), 1)
+            loads = max((height + vectors) / (height * vectors), 0.55)
+            found.append((padded * latency * (1 + loads / 4), {"rows": height, "vectors": vectors}))
+    found.sort(key=lambda pair: pair[0])
+    return [decision for _, decision in found]
+
+
 @dataclass(frozen=True)
 class Nest:
     """Extents of one product and the blocking chosen for it."""
@@ -191,7 +208,7 @@ def emit(
     def first_row(tile):
         return tirx.min(tile * height, nest.rows - height)
 
-    def each(count: int) -> Any:
+    def each(count: Any) -> Any:
         return T.parallel(0, count) if parallel else T.serial(0, count)
 
     steps = (nest.piece if nest.chunks > 1 else -(-nest.depth // STEP) * STEP) // STEP
@@ -231,7 +248,7 @@ def emit(
                 def finish(j=j, tile=tile, sums=sums, vectors=vectors):
                     _store_tile(nest, sums, vectors, j, first_row(band * nest.band + tile), store)
 
-                _either(tirx.EQ(chunk, nest.chunks - 1) if nest.chunks > 1 else None, finish, keep)
+                _either(chunk > nest.chunks - 2 if nest.chunks > 1 else None, finish, keep)
 
 
 def _either(condition, first: Callable[[], Any], second: Callable[[], Any]) -> None:
@@ -250,7 +267,6 @@ def _either(condition, first: Callable[[], Any], second: Callable[[], Any]) -> N
 
 def _copy_left(nest: Nest, copied, tile, row, chunk, left) -> None:
     """One row tile's piece of the left operand, DEPTH elements of each row at a time; zeros past its end."""
-    from tvm import tirx
 
     def last():
         _copy_piece(nest, copied, tile, row, (nest.chunks - 1) * nest.piece, nest.depth, left)
@@ -261,7 +277,7 @@ def _copy_left(nest: Nest, copied, tile, row, chunk, left) -> None:
     if nest.chunks * nest.piece == nest.depth:
         whole()
     else:
-        _either(tirx.EQ(chunk, nest.chunks - 1) if nest.chunks > 1 else None, last, whole)
+        _either(chunk > nest.chunks - 2 if nest.chunks > 1 else None, last, whole)
 
 
 def _copy_piece(nest: Nest, copied, tile, row, begin, end: int | None, left) -> None:

@@ -14,6 +14,7 @@ Source: Goto and van de Geijn: Anatomy of High-Performance Matrix Multiplication
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -38,19 +39,7 @@ def match(workload: Workload) -> list[Decision] | None:
     rows, columns = math.prod(fused.extents[:-2]), fused.out_shape[-1]
     if rows < 2:
         return None
-    registers, lanes = workload.machine.registers, workload.machine.lanes
-    found: list[tuple[float, Decision]] = []
-    for vectors in (2, 3, 4, 1):
-        if vectors > 1 and vectors * lanes >= columns + lanes:
-            continue
-        most = min((registers - vectors - 1) // vectors, 14)
-        for height in gemm.row_tile(rows, most)[:2]:
-            padded = -(-columns // (vectors * lanes)) * vectors * lanes / columns * -(-rows // height) * height / rows
-            latency = max(8 / (height * vectors), 1)
-            loads = max((height + vectors) / (height * vectors), 0.55)
-            found.append((padded * latency * (1 + loads / 4), {"rows": height, "vectors": vectors}))
-    found.sort(key=lambda pair: pair[0])
-    return [decision for _, decision in found]
+    return gemm.register_tiles(rows, columns, workload.machine)
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
@@ -90,8 +79,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         gemm.emit(nest, left, panel, store, parallel=parallel, prefetch=ahead)
-    body = builder.get().body
-    func = tirx.PrimFunc(params, body, workload.func.ret_type, workload.func.attrs)
+    made: Any = builder.get()
+    func = tirx.PrimFunc(params, made.body, workload.func.ret_type, workload.func.attrs)
     nb = annotation(block, COLUMNS)
     return Kernel(func, {index: lambda packed: repack(packed, nb, nest)})
 

@@ -54,8 +54,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
         with T.parallel(0, row.rows) if parallel else T.serial(0, row.rows) as i:
             row.buffer = T.sblock_alloc_buffer((row.padded,), "float32", scope="global")
             row.softmax(i) if names[-1] == "softmax" else row.layer_norm(i)
-    body = builder.get().body
-    return Kernel(tirx.PrimFunc(workload.func.params, body, workload.func.ret_type, workload.func.attrs))
+    made: Any = builder.get()
+    return Kernel(tirx.PrimFunc(workload.func.params, made.body, workload.func.ret_type, workload.func.attrs))
 
 
 class _Row:
