@@ -146,8 +146,8 @@ def build(entry: Entry, precision: str, args: argparse.Namespace) -> None:
         return
     seconds = time.perf_counter() - begin
     if done.returncode or not done.stdout.strip():
-        said = done.stderr.strip().splitlines()
-        say(f"{entry.name} {precision}: exit {done.returncode}: {said[-1] if said else 'nothing said'}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("graphopt")] or done.stderr.split("\n")
+        say(f"{entry.name} {precision}: exit {done.returncode}: {said[-1]}")
         return
     content = {"seconds": seconds, "report": json.loads(done.stdout)}
     (entry.folder / f"build-{precision}.json").write_text(json.dumps(content), encoding="utf-8")
