@@ -8,7 +8,7 @@ float32 in registers; a value is rounded once, where it is stored. Inputs and ou
 
 Applies when: the target has amx_bf16 or avx512_bf16. Elsewhere it is refused, for emulation would be slower.
 
-Fidelity: lossy. Each stored value has a relative error of at most 2^-9. With evaluation data the candidate is judged
+Fidelity: lossy. Each stored value has a relative error of at most 2^-8. With evaluation data the candidate is judged
 by its accuracy through the compiled engine (`--max-drop`, or `--min-snr` where outputs are no classes); without, by the
 signal-to-noise ratio of every output on the verification samples, at least `--min-snr`. It is delivered only if it
 keeps the bound and is faster. Quantized variants are not compiled this way.

@@ -144,6 +144,6 @@ def test_a_compiled_bf16_model_takes_and_gives_float32(tmp_path):
 
     session = onnxruntime.InferenceSession(str(DIGITS / "digits.onnx"), providers=["CPUExecutionProvider"])
     wanted = np.asarray(session.run(None, {"image": images})[0])
-    # 2^-9 relative for each of two dozen roundings on the way, independent: sqrt(24) * 2^-9, times 8 for confidence
-    assert np.abs(found - wanted).max() <= 8 * math.sqrt(24) * 2.0**-9 * np.abs(wanted).max()
+    # 2^-8 relative for each of two dozen roundings on the way, independent: sqrt(24) * 2^-8, times 8 for confidence
+    assert np.abs(found - wanted).max() <= 8 * math.sqrt(24) * 2.0**-8 * np.abs(wanted).max()
     assert not np.array_equal(found, wanted)  # it really is bfloat16
