@@ -263,8 +263,8 @@ class Builder:
 
 
 def element_type(expression) -> str:
-    """The element type of a Relax tensor expression."""
-    return str(expression.ty.dtype)
+    """The element type of a Relax tensor expression; empty for a tuple."""
+    return str(getattr(expression.ty, "dtype", ""))
 
 
 def _is_constant(expression) -> bool:
