@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.runtime import amx_permission
 from graphopt.targets.cpu import Cpu
-from graphopt.targets.cpu import _amx_permission as amx_permission
 from graphopt.targets.tuning.peak import fma_gflops
 
 STEPS = 20000
@@ -25,7 +25,7 @@ LEVELS = (("32 KB", 32 << 10), ("1 MB", 1 << 20), ("16 MB", 16 << 20), ("512 MB"
 
 def amx_gflops(target: Cpu) -> float | None:
     """Peak of bfloat16 products on tiles, GFLOP/s; None without AMX."""
-    if "amx_bf16" not in target.features or not amx_permission():
+    if "amx_bf16" not in target.features or not amx_permission.granted():
         return None
     from tvm.script import tirx as T
 
