@@ -23,13 +23,20 @@ def softmax_rows(data):
     *lead, columns = (int(d) for d in data.shape)
     k, j = te.reduce_axis((0, columns), "k"), te.reduce_axis((0, columns), "j")
     top: Any = te.compute(lead, lambda *i: te.max(data[(*i, k)], axis=k), name="row_max")
-    total: Any = te.compute(lead, lambda *i: te.sum(elementwise.exp_of(data[(*i, j)] - top[i]), axis=j), name="row_exp")
+    total: Any = te.compute(lead, lambda *i: te.sum(_share(data[(*i, j)] - top[i]), axis=j), name="row_exp")
     one = tirx.const(1.0, "float32")
     return te.compute(
         (*lead, columns),
-        lambda *i: elementwise.exp_of(data[i] - top[i[:-1]]) * (one / total[i[:-1]]),
+        lambda *i: _share(data[i] - top[i[:-1]]) * (one / total[i[:-1]]),
         name="softmax",
     )
+
+
+def _share(x):
+    """exp of a number that is not positive; 0 where exp is not a normal number: denormals slow the next product down."""
+    from tvm import tirx
+
+    return tirx.Select(x < tirx.const(-87.0, "float32"), tirx.const(0.0, "float32"), elementwise.exp_of(x))
 
 
 def layer_norm_rows(data, scale, bias, *, epsilon: float):
