@@ -25,7 +25,9 @@ from graphopt.targets.schedules.workload import (
 )
 
 NAME = "generic"
-VERSION = 1
+VERSION = 2
+PARTITION = "pragma_loop_partition_hint"
+"""On the loop over channel blocks: a concatenation becomes a loop for each of its parts, without a condition inside."""
 
 
 def match(workload: Workload) -> list[Decision]:
@@ -59,12 +61,20 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
 
 def _is_cheap(block) -> bool:
     """No reduction, and little arithmetic: inlining may repeat it."""
-    from tvm.ir import Call
-
     if any(v.iter_type != 0 for v in block.iter_vars) or block.init is not None:
         return False
-    calls = nodes(block.body, Call)
-    return all(str(getattr(call.op, "name", "")) in ("tirx.if_then_else", "tirx.likely") for call in calls)
+    return all(_operator(call) in ("if_then_else", "likely") for call in _calls(block))
+
+
+def _calls(block) -> list:
+    from tvm.ir import Call
+
+    return nodes(block.body, Call)
+
+
+def _operator(call) -> str:
+    """`if_then_else` of `tirx.if_then_else` or `prim.if_then_else`: the part before the dot says where it is kept."""
+    return str(getattr(call.op, "name", "")).rpartition(".")[2]
 
 
 def _schedule_block(schedule, block, workload: Workload) -> None:
@@ -118,6 +128,8 @@ def _schedule_block(schedule, block, workload: Workload) -> None:
         front = spatial[:-1]
         if front and parallel:
             schedule.parallel(schedule.fuse(*front[:-1]) if len(front) > 1 else front[0])
+        elif len(front) == 3 and any(_operator(call) == "if_then_else" for call in _calls(schedule.get(block))):
+            schedule.annotate(front[1], PARTITION, 1)
         return
     if len(spatial) > 1 and parallel:
         schedule.parallel(schedule.fuse(*spatial[:-1]))
