@@ -27,7 +27,7 @@ import onnx_ir as ir
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.targets.relax import bfloat16, constants, convolution, normalization, operators, views
 from graphopt.targets.relax.emitters import EMITTERS, Node
-from graphopt.targets.relax.values import Builder, Value
+from graphopt.targets.relax.values import Builder, Value, element_type
 
 _ = (convolution, normalization, operators, views)  # importing them fills EMITTERS
 _DTYPES = frozenset(
@@ -40,8 +40,10 @@ _FUSED = frozenset(
      "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "BatchNormalization"]
 )  # fmt: skip
 """Operators that run in the registers of the kernel before them."""
-_MOVES = frozenset(["Transpose", "Reshape", "Split", "Slice", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"])
-"""Operators that move elements of their first operand and look at none."""
+_MOVES = frozenset(
+    ["Transpose", "Reshape", "Split", "Slice", "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
+)
+"""Operators that move elements and look at none."""
 
 
 def import_model(model: ir.Model, lanes: int, precision: str = "float32"):
@@ -162,10 +164,8 @@ class _Importer:
         from tvm.error import InternalError
         from tvm.relax.frontend.onnx import onnx_frontend
 
-        take = self.builder.moved if node.op_type in _MOVES else self.builder.plain
         operands = onnx_frontend.onnx_input()
-        for value in inputs:
-            operands.append(None if value is None else take(value))
+        operands.extend(self._operands(node, inputs))
         repeated: Any = node.attribute
         attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(repeated)
         attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
@@ -188,6 +188,14 @@ class _Importer:
                 AssertionError) as error:  # fmt: skip
             raise _refused(node, error) from error
         return [self._value_of(node, item) for item in self._items(made, len(node.output))]
+
+    def _operands(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Any]:
+        """In ONNX's element types; as they are stored where elements only move."""
+        if node.op_type in _MOVES:
+            stored = [None if value is None else self.builder.moved(value) for value in inputs]
+            if node.op_type != "Concat" or len({element_type(each) for each in stored if each is not None}) == 1:
+                return stored
+        return [None if value is None else self.builder.plain(value) for value in inputs]
 
     def _items(self, made: Any, count: int) -> list[Any]:
         from tvm import relax

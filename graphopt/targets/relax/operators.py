@@ -322,7 +322,7 @@ def slice_(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         stride.append(int(step))
         whole[axis] = len(taken)
     cut: Any = relax.op.strided_slice
-    sliced = builder.emit(cut(builder.plain(data), axes, begin, end, stride))
+    sliced = builder.emit(cut(builder.moved(data), axes, begin, end, stride))
     return [Value(tuple(whole), data.dtype, plain=sliced)]
 
 
