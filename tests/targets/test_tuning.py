@@ -124,6 +124,10 @@ def test_trials_go_where_most_can_be_saved():
     assert slow.fruitless == 8
     assert slow.finished(roofline)
     assert not fast.finished(roofline)
+    for position in range(1, 5):
+        fast.settle(position, 100.0, None, "run")
+    assert not fast.finished(roofline, run_us=1e3)
+    assert fast.finished(roofline, run_us=1e9)  # what it may still save is nothing in such a model
     fast.calls = 100
     assert fast.priority(roofline) > slow.priority(roofline)
 

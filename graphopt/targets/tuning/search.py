@@ -78,7 +78,7 @@ class Search:
         for task in self.tasks:
             if task.known is not None:
                 self.roofline.observe(task.cost, task.known.time_us)
-        waiting = unfinished(self.tasks, self.roofline)
+        waiting = self._unfinished(self.tasks)
         try:
             if seconds > 0 and waiting:
                 with self.progress.task("tune", len(waiting)) as advance:
@@ -97,13 +97,13 @@ class Search:
         from graphopt.runtime.tvm_engine import set_threads
 
         set_threads(self.target.thread_count)
-        open_tasks = unfinished(self.tasks, self.roofline)
+        open_tasks = self._unfinished(self.tasks)
         with BuildPool(usable_processors()) as pool:
             while True:
                 while pool.has_room and time.perf_counter() < deadline and self._submit(pool, open_tasks):
                     pass
                 if not pool.in_flight:
-                    return not unfinished(open_tasks, self.roofline)
+                    return not self._unfinished(open_tasks)
                 remaining = deadline - time.perf_counter()
                 result = pool.next_result(remaining) if remaining > 0 else None
                 if result is None:
@@ -111,7 +111,7 @@ class Search:
                 (task, position), built = result
                 with pool.quiet(self.target.thread_count):
                     self._time(task, position, built)
-                for done in [t for t in open_tasks if not t.pending and t.finished(self.roofline)]:
+                for done in [t for t in open_tasks if not t.pending and not self._unfinished([t])]:
                     open_tasks.remove(done)
                     self._record(done, complete=True)
                     done.run = None
@@ -120,9 +120,13 @@ class Search:
                     self._flushed = time.perf_counter()
                     self._record_all()
 
+    def _unfinished(self, tasks: list[Task]) -> list[Task]:
+        run_us = sum(t.calls * (t.time_us or 0.0) for t in self.tasks)
+        return unfinished(tasks, self.roofline, run_us)
+
     def _submit(self, pool: BuildPool, tasks: list[Task]) -> bool:
         """Give the pool the candidate that may save most; False when none is worth a trial."""
-        worthy = unfinished(tasks, self.roofline)
+        worthy = self._unfinished(tasks)
         if not worthy:
             return False
         task = max(worthy, key=lambda t: t.priority(self.roofline))
@@ -158,7 +162,7 @@ class Search:
     def _record_all(self) -> None:
         for task in self.tasks:
             if task.times and task.known is None:
-                self._record(task, complete=not task.pending and task.finished(self.roofline))
+                self._record(task, complete=not task.pending and not self._unfinished([task]))
 
     def _record(self, task: Task, complete: bool) -> None:
         """Append what is new about a task to the database."""

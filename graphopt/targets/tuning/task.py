@@ -15,6 +15,8 @@ PATIENCE = 8
 """Candidates in a row that bring less than `WORTH` before a kernel's search ends."""
 PATIENCE_AT_BOUND = 4
 WORTH = 0.01
+WORTH_OF_RUN = 0.0005
+"""A next candidate that may save less than this share of a run of the model is tried only for `PATIENCE_AT_BOUND`."""
 _HOPE = 0.8
 """How much less a next candidate is expected to bring after one that brought nothing."""
 _DISTANCE = 0.5
@@ -78,14 +80,15 @@ class Task:
         headroom = max(self.time_us - roofline.bound_us(self.cost), 0.03 * self.time_us)
         return self.calls * headroom * hope
 
-    def finished(self, roofline: Roofline) -> bool:
-        """True when no further candidate is worth a trial."""
+    def finished(self, roofline: Roofline, run_us: float = 0.0) -> bool:
+        """True when no further candidate is worth a trial in a model whose run takes `run_us`."""
         if self.known is not None or len(self.tried) == len(self.choices):
             return True
         if self._first_guesses():
             return False
         near = self.time_us is not None and self.time_us <= 1.04 * roofline.bound_us(self.cost)
-        return self.fruitless + len(self.pending) >= (PATIENCE_AT_BOUND if near else PATIENCE)
+        little = self.priority(roofline) < WORTH_OF_RUN * run_us
+        return self.fruitless + len(self.pending) >= (PATIENCE_AT_BOUND if near or little else PATIENCE)
 
     def next_position(self) -> int:
         """The candidate to try next: hints, each template's first guess, then what lies near the best and early in the
@@ -175,6 +178,6 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> int:
     return sum(one.get(k) != other.get(k) for k in one.keys() | other.keys()) if other else 0
 
 
-def unfinished(tasks: Iterable[Task], roofline: Roofline) -> list[Task]:
-    """The tasks that are worth more trials."""
-    return [task for task in tasks if not task.finished(roofline)]
+def unfinished(tasks: Iterable[Task], roofline: Roofline, run_us: float = 0.0) -> list[Task]:
+    """The tasks that are worth more trials in a model whose run takes `run_us`."""
+    return [task for task in tasks if not task.finished(roofline, run_us)]
