@@ -33,7 +33,7 @@ def softmax_rows(data):
 
 
 def _share(x):
-    """exp of a number that is not positive; 0 where exp is not a normal number: denormals slow the next product down."""
+    """exp of a number that is not positive; 0 where it is no normal number: denormals slow the next product down."""
     from tvm import tirx
 
     return tirx.Select(x < tirx.const(-87.0, "float32"), tirx.const(0.0, "float32"), elementwise.exp_of(x))
