@@ -1,4 +1,4 @@
-"""What a kernel can cost at least, and which tiles cannot be good: arithmetic against memory, registers, caches.
+"""What a kernel costs at least: arithmetic against memory. It says where another trial may pay.
 
 The roofline of Williams, Waterman, Patterson (CACM 52(4), 2009): a kernel takes at least its arithmetic at the peak,
 and at least its traffic at the bandwidth of where its operands are. The peak is what the best kernel seen so far
@@ -7,7 +7,6 @@ reached, so that the bound needs no calibration and holds for every processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 FAR_GBYTES_PER_S = 30.0
@@ -44,14 +43,3 @@ class Roofline:
         """A time this kernel will hardly beat; 0 before anything of its kind was seen."""
         rate = self.rates.get(cost.kind)
         return max(cost.macs / rate, cost.traffic_us()) if rate else 0.0
-
-
-def fits_registers(accumulators: int, operands: int, registers: int) -> bool:
-    """True when a tile's accumulators and the operands that live beside them need no spill."""
-    return accumulators + operands <= registers
-
-
-def smallest_cache(nbytes: int, sizes: Iterable[int]) -> int:
-    """The level, from 0, of the first cache that holds `nbytes`; the number of caches where none does."""
-    sizes = list(sizes)
-    return next((level for level, size in enumerate(sizes) if nbytes <= size), len(sizes))
