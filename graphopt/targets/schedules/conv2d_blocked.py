@@ -10,7 +10,7 @@ a run reads once, arrive in time from the third-level cache or from memory.
 Loop order: n, group, out-blocks, row tile (parallel) / column tile / in-block, kh, kw, in-lane / columns, outs, lane;
 with panels: n, group, out-blocks (parallel) / panel / row tile, column tile / ...; with order "data": n, group, row
 tile (parallel) / column tile / out-blocks / .... The innermost three are unrolled and vectorised. The taps kh, kw stay
-loops outside the in-lane: unrolled inside, neighbouring outputs share scalars, which the compiler keeps and then spills.
+loops outside the in-lane: unrolled inside, neighbouring outputs share scalars, which the compiler keeps and spills.
 
 Register budget: rows * columns * outs accumulators + outs weights + 1 broadcast scalar <= registers.
 
@@ -35,12 +35,20 @@ from graphopt.targets.schedules.workload import (
 NAME = "conv2d_blocked"
 VERSION = 3
 FMA_PER_CYCLE = 2
+STEP_CYCLES = 1.0
+"""What a step costs beyond its arithmetic; fitted to measured tiles of Sapphire Rapids."""
 LOADS_PER_CYCLE = 1.6
-"""Two ports, less what address arithmetic and bank conflicts cost; fitted to measured tiles of Sapphire Rapids."""
+"""Two ports, less what address arithmetic and bank conflicts cost; fitted likewise."""
 FMA_LATENCY = 4
 VECTOR_BYTES = 64
 L1_BYTES = 32 << 10
 L2_BYTES = 1 << 20
+FAR_BYTES = 256 << 10
+"""Weights of a tile past this push each other out of the second-level cache before they are used again."""
+L1_MISS, L2_MISS = 1.05, 1.15
+"""By how much arithmetic slows down that waits for weights; fitted likewise."""
+SPACE = 24
+"""Decisions offered at most."""
 L2_BYTES_PER_CYCLE = 28
 MEMORY_BYTES_PER_CYCLE = 5
 BODIES = 16
@@ -64,7 +72,7 @@ def match(workload: Workload) -> list[Decision] | None:
             decision = {"rows": rows, "columns": columns, "outs": outs, "panel": panel, "order": order}
             found.append((cost * (1 if bodies <= BODIES else bodies), bodies, decision))
     found.sort(key=lambda entry: entry[0])
-    return unique(decision for _, bodies, decision in found if bodies <= max(BODIES, found[0][1]))
+    return unique(decision for _, bodies, decision in found if bodies <= max(BODIES, found[0][1]))[:SPACE]
 
 
 def _before(workload: Workload) -> list[str]:
@@ -82,7 +90,10 @@ def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
     vectors = max(window.out_lanes // workload.machine.lanes, 1)
     found = []
     for outs in range(1, min(4, window.out_blocks) + 1):
-        most = (registers - 1) // (outs * vectors) - 1
+        if window.in_lanes > 1:
+            most = (registers - 1) // (outs * vectors) - 1
+        else:  # the compiler unrolls kw after all, and neighbouring outputs share scalars
+            most = (registers - outs * vectors) // (outs * vectors + (1 if outs * vectors > 1 else 0))
         if most < 1:
             break
         for columns in _cuts(window.columns.extent, most):
@@ -135,7 +146,9 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
                         arithmetic = positions * out.size * vectors / FMA_PER_CYCLE
                         scalars = positions if out.size * vectors > 1 else positions * 1.5
                         loads = (scalars + out.size * vectors) / LOADS_PER_CYCLE
-                        step = max(arithmetic * 1.15, loads, streaming, FMA_LATENCY) + 0.3
+                        if weights > L1_BYTES:
+                            arithmetic *= L2_MISS if weights > FAR_BYTES else L1_MISS
+                        step = max(arithmetic, loads, streaming, FMA_LATENCY) + STEP_CYCLES
                         cycles += a.count * b.count * step * window.in_blocks * window.in_lanes
                 cycles += 2 * accumulators * (panels + 1) + 20 * panels
                 total += cycles * row.count * column.count * out.count

@@ -284,7 +284,11 @@ class ConvolutionLoops:
 
                         return _loop("kw", b.count, at_kw)
 
-                    statements.append(_loop("kh", a.count, at_kh))
+                    if rows.is_clipped:
+                        first, count = self.window.rows.clipped(place.row)
+                        statements.append(_loop_from("kh", first, count, at_kh))
+                    else:
+                        statements.append(_loop("kh", a.count, at_kh))
                     done += a.count * b.count
             return _sequence(statements)
 
@@ -302,7 +306,7 @@ class ConvolutionLoops:
         """Of one output block's panel; they are contiguous."""
         count = -(-lines // turns)
         now = place.group * window.out_blocks + place.out
-        first = (now + outs) * window.in_blocks
+        first: Any = (now + outs) * window.in_blocks
         if plan.panels > 1:
             following = now * window.in_blocks + (place.panel + 1) * plan.panel
             first = tirx.Select(place.panel == plan.panels - 1, first, following)
@@ -318,8 +322,9 @@ class ConvolutionLoops:
         """Statements for every lane at once."""
         from tvm import tirx
 
-        v = tirx.Var("v", "int32")
-        return tirx.For(v, 0, self.lanes, tirx.ForKind.VECTORIZED, _sequence(statements(v)))
+        v: Any = tirx.Var("v", "int32")
+        zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
+        return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, _sequence(statements(v)))
 
     def _term(self, place: _Place, row, column, out, lane, ico, tap_h, tap_w, ici) -> Any:
         """The block's product, for one output and one tap."""
@@ -394,10 +399,14 @@ def _loop(name: str, extent: int, body: Callable[[Any], Any]) -> Any:
     """A loop; none for a single turn."""
     from tvm import tirx
 
-    if extent == 1:
-        return body(0)
-    var = tirx.Var(name, "int32")
-    return tirx.For(var, 0, extent, tirx.ForKind.SERIAL, body(var))
+    return body(0) if extent == 1 else _loop_from(name, tirx.const(0, "int32"), tirx.const(extent, "int32"), body)
+
+
+def _loop_from(name: str, first: Any, extent: Any, body: Callable[[Any], Any]) -> Any:
+    from tvm import tirx
+
+    var: Any = tirx.Var(name, "int32")
+    return tirx.For(var, first, extent, tirx.ForKind.SERIAL, body(var))
 
 
 def _nest(axes: dict[str, int], body: Callable[..., Any], parallel: bool) -> Any:
@@ -416,12 +425,13 @@ def _nest(axes: dict[str, int], body: Callable[..., Any], parallel: bool) -> Any
     total = 1
     for size in axes.values():
         total *= size
-    turn = tirx.Var("turn", "int32")
+    turn: Any = tirx.Var("turn", "int32")
     variables, rest = [], turn
     for size in reversed(axes.values()):
         variables.insert(0, rest % size if size > 1 else 0)
         rest = rest // size
-    return tirx.For(turn, 0, total, tirx.ForKind.PARALLEL, body(*variables))
+    zero, turns = tirx.const(0, "int32"), tirx.const(total, "int32")
+    return tirx.For(turn, zero, turns, tirx.ForKind.PARALLEL, body(*variables))
 
 
 def _choose(number, runs: Sequence[Run], body: Callable[[Run, Any], Any]) -> Any:

@@ -8,6 +8,7 @@ arithmetic. Tiles are balanced, so that an extent no tile divides leaves no smal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Run:
     size: int
     count: int
     taps: tuple[Taps, ...]
+    is_clipped: bool = False
+    """True when which taps are inside depends on the tile, so that the loop over taps has bounds to compute."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class Axis:
     """Positions of padding before the first input."""
 
     def runs(self, tile: int) -> list[Run]:
-        """Cut into as few tiles as tiles of at most `tile` outputs allow."""
+        """Cut into as few tiles as tiles of at most `tile` outputs allow.
+
+        Single outputs make one run, whatever taps they read, since these are always consecutive.
+        """
+        if tile == 1 and self.extent > 1 and len({self._taps(i, 1) for i in range(self.extent)}) > 1:
+            return [Run(0, 1, self.extent, (Taps(0, self.kernel, (0,)),), is_clipped=True)]
         tiles = -(-self.extent // tile)
         found: list[Run] = []
         first = 0
@@ -57,6 +65,15 @@ class Axis:
                 found.append(Run(first, size, 1, taps))
             first += size
         return found
+
+    def clipped(self, output) -> tuple[Any, Any]:
+        """Expressions: the first tap inside the picture that output number `output` reads, and how many it reads."""
+        from tvm import tirx
+
+        start = output * self.stride - self.pad
+        first: Any = tirx.max(0, tirx.floordiv(self.dilation - 1 - start, self.dilation))
+        end: Any = tirx.min(self.kernel, tirx.floordiv(self.length - 1 - start, self.dilation) + 1)
+        return first, tirx.max(end - first, 0)
 
     def _taps(self, first: int, size: int) -> tuple[Taps, ...]:
         found: list[Taps] = []
