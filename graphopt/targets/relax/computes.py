@@ -148,7 +148,7 @@ def pool2d(
         return te.compute(out_shape, lambda n, c, p, v: sums[n, c, p, v] * np.float32(1 / area), name="average")
     return te.compute(
         out_shape,
-        lambda n, c, p, v: sums[n, c, p, v] / (inside(p, 0) * inside(p, 1)).astype("float32"),
+        lambda n, c, p, v: sums[n, c, p, v] * (np.float32(1) / (inside(p, 0) * inside(p, 1)).astype("float32")),
         name="average",
     )
 
