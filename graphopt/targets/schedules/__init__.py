@@ -20,12 +20,14 @@ from graphopt.targets.schedules import (
     matmul_packed,
     rowwise,
     window,
+    winograd,
 )
 from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
 TEMPLATES: tuple[ModuleType, ...] = (
     conv2d_amx,
     conv2d_blocked,
+    winograd,
     window,
     matmul_blocked,
     matmul_packed,
