@@ -1,7 +1,7 @@
 """Matrix product with a constant, packed weight.
 
 Idea: a tile of `rows` x one packed column block stays in registers while the common axis streams; the packed block
-(K, nb) is read once, front to back. One row is a stream of the weight at memory speed.
+(K, nb) is read once, front to back. One row is a stream of the weight at memory speed, requested a page ahead.
 
 Loop order: batch, column block, row tile (parallel) / k / rows, vectors unrolled, lane.
 
@@ -13,6 +13,7 @@ Source: Goto and van de Geijn: Anatomy of High-Performance Matrix Multiplication
 from __future__ import annotations
 
 from graphopt.targets.relax.computes import COLUMNS
+from graphopt.targets.schedules import prefetch
 from graphopt.targets.schedules.workload import (
     PARALLEL_ELEMENTS,
     Decision,
@@ -24,15 +25,21 @@ from graphopt.targets.schedules.workload import (
     inline_epilogue,
     loop_extents,
     new_schedule,
+    nodes,
     work,
 )
 
 NAME = "matmul_packed"
-VERSION = 1
+VERSION = 2
+AHEAD_BYTES = 4096
+"""A page: the time of 4 KB at memory speed exceeds the time of one access."""
 
 
 def match(workload: Workload) -> list[Decision] | None:
-    """Decisions {rows, steps}: rows of the register tile, and how far k is unrolled."""
+    """Decisions {rows, steps}: rows of the register tile, and how far k is unrolled.
+
+    For one row, also {ahead}: how many bytes of the weight ahead are requested.
+    """
     block = workload.anchor("packed_matmul")
     if block is None:
         return None
@@ -42,6 +49,8 @@ def match(workload: Workload) -> list[Decision] | None:
     most = max((workload.machine.registers - vectors - 1) // vectors, 1)
     rows = divisors(lead[-1], most)[::-1] if lead else [1]
     steps = [s for s in (4, 1) if depth % s == 0]
+    if rows == [1] and nb * 4 >= prefetch.LINE_BYTES and workload.machine.allows("prefetch"):
+        return [{"rows": 1, "steps": s, "ahead": AHEAD_BYTES} for s in steps]
     return [{"rows": r, "steps": s} for r in rows[:5] for s in steps]
 
 
@@ -74,6 +83,9 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     *_, row_, inner_, k = schedule.get_loops(anchor)
     step, unrolled = schedule.split(k, [None, decision["steps"]])
     schedule.reorder(step, unrolled, row_, inner_)
+    ahead = decision.get("ahead", 0)
+    if ahead:
+        schedule.annotate(step, prefetch.STREAM, ahead)
     schedule.unroll(unrolled)
     schedule.unroll(row_)
     _vectors(schedule, inner_, nb, lanes)
@@ -86,7 +98,17 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
         schedule.unroll(loops[-2])
     if width[-1] > 1:
         schedule.vectorize(loops[-1])
-    return Kernel(schedule.mod["main"])
+    func = schedule.mod["main"]
+    if ahead:
+        func = prefetch.stream(func, _weight(block))
+    return Kernel(func)
+
+
+def _weight(block):
+    """The packed operand: the one that is read last in the product."""
+    from tvm.ir.expr import TensorLoad
+
+    return nodes(block.body.value.b, TensorLoad)[-1].source
 
 
 def _vectors(schedule, loop, nb: int, lanes: int) -> None:

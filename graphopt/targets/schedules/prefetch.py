@@ -30,9 +30,64 @@ def lines(buffer, start, count: int, level: int = L2) -> list[Any]:
 def line(buffer, number, level: int = L2) -> Any:
     """A statement that requests the cache line `number` of `buffer`."""
     import tvm
-    from tvm import tirx
 
     elements = LINE_BYTES * 8 // tvm.DataType(str(buffer.dtype)).bits
-    first = buffer[tuple([0] * (len(buffer.shape) - 1) + [number * elements])]
+    return element(buffer[tuple([0] * (len(buffer.shape) - 1) + [number * elements])], level)
+
+
+def element(load, level: int = L2) -> Any:
+    """A statement that requests the cache line of one element, written as a load of it."""
+    from tvm import tirx
+
     hint = [tirx.const(value, "int32") for value in (0, level, 1)]  # a read, the level, data
-    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(first), *hint))
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(load), *hint))
+
+
+STREAM = "graphopt.stream"
+"""Annotation of a loop: how many bytes ahead of its reads of the parameter `weight` lines are to be requested."""
+
+
+def stream(func, weight) -> Any:
+    """A scheduled function with the requests that its loops annotated with STREAM ask for.
+
+    Such a loop walks through the buffer `weight` from front to back. Each turn requests as many lines as it reads, the
+    annotated distance ahead: hardware stops at the end of every page of 4 KB, so a single stream stays far below the
+    speed of memory.
+    """
+    import tvm
+    import tvm_ffi
+    from tvm import s_tir, tirx
+    from tvm.ir import Var
+    from tvm.ir.expr import TensorLoad
+
+    from graphopt.targets.schedules.workload import nodes
+
+    elements = LINE_BYTES * 8 // tvm.DataType(str(weight.dtype)).bits
+
+    def with_requests(loop):
+        if STREAM not in loop.annotations:
+            return loop
+        realize = nodes(loop.body, s_tir.SBlockRealize)[0]
+        load = next(x for x in nodes(realize.block.body, TensorLoad) if x.source.same_as(weight))
+        bound = [(v.var, value) for v, value in zip(realize.block.iter_vars, realize.iter_values, strict=True)]
+        inner = [(x.loop_var, tirx.const(0, "int32")) for x in nodes(loop.body, tirx.For)]
+        turn = 1
+        for x in nodes(loop.body, tirx.For):
+            turn *= int(x.extent)
+
+        def replaced(expression, pairs):
+            return tvm_ffi.structural_map(
+                expression, [(Var, lambda var: next((new for old, new in pairs if old.same_as(var)), var))]
+            )
+
+        indices = [replaced(replaced(i, bound), inner) for i in load.indices]
+        ahead = int(loop.annotations[STREAM]) * elements // LINE_BYTES
+        requests = [
+            element(weight[(*indices[:-1], indices[-1] + ahead + i * elements)])
+            for i in range(max(turn // elements, 1))
+        ]
+        return tirx.For(
+            loop.loop_var, loop.min, loop.extent, loop.kind, tirx.SeqStmt([*requests, loop.body])
+        )  # fmt: skip
+
+    return tvm_ffi.structural_map(func, [(tirx.For, with_requests)])
