@@ -26,6 +26,20 @@ PRODUCTS = {"bfloat16": "llvm.x86.tdpbf16ps", "uint8": "llvm.x86.tdpbusd", "int8
 """The product by the element type of its first operand: bfloat16 x bfloat16, uint8 x int8, int8 x int8."""
 
 
+def ir() -> Any:
+    """TVM's builder of loops and calls, untyped: its annotations do not know the expressions it takes."""
+    from tvm.script.ir_builder import tirx
+
+    return tirx
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of two index expressions."""
+    from tvm import tirx
+
+    return tirx.min(a, b)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A register block: `pixels` x `outs` accumulators, and what stays to load operands into."""
@@ -72,7 +86,7 @@ class Grid:
         `data(pixel)` and `weight(out)` give addresses, `data_stride` is in bytes. The side with fewer tiles stays in
         registers while the other's pass.
         """
-        from tvm.script.ir_builder import tirx as I
+        T = ir()
 
         rows, columns = self._data_registers, self._weight_registers
         held: dict[int, int] = {}  # operand index by register; data and weights have registers of their own
@@ -89,59 +103,81 @@ class Grid:
         else:
             pairs = [(p, o) for o in range(self.outs) for p in range(self.pixels)]
         for pixel, out in pairs:
-            second = I.uint8(operand(columns, out, weight, ROW_BYTES))
-            first = I.uint8(operand(rows, pixel, data, data_stride))
-            target = I.uint8(self.accumulator(pixel, out))
-            I.evaluate(I.call_llvm_intrin("int32", PRODUCTS[dtype], target, first, second))
+            second = T.uint8(operand(columns, out, weight, ROW_BYTES))
+            first = T.uint8(operand(rows, pixel, data, data_stride))
+            target = T.uint8(self.accumulator(pixel, out))
+            T.evaluate(T.call_llvm_intrin("int32", PRODUCTS[dtype], target, first, second))
 
     def zero(self) -> None:
         """Clear the accumulators."""
-        from tvm.script.ir_builder import tirx as I
+        T = ir()
 
         for number in range(self.pixels * self.outs):
-            I.evaluate(I.call_llvm_intrin("int32", "llvm.x86.tilezero", I.uint8(number)))
+            T.evaluate(T.call_llvm_intrin("int32", "llvm.x86.tilezero", T.uint8(number)))
 
     def store(self, scratch) -> None:
         """Write the accumulators to `scratch` (pixels, 16, outs * 16), float32 or int32."""
-        from tvm.script.ir_builder import tirx as I
+        T = ir()
 
         for pixel in range(self.pixels):
             for out in range(self.outs):
-                address = I.address_of(scratch[pixel, 0, out * OUTPUTS])
-                number = I.uint8(self.accumulator(pixel, out))
-                stride = I.int64(self.outs * ROW_BYTES)
-                I.evaluate(I.call_llvm_intrin("int32", "llvm.x86.tilestored64", number, address, stride))
+                address = T.address_of(scratch[pixel, 0, out * OUTPUTS])
+                number = T.uint8(self.accumulator(pixel, out))
+                stride = T.int64(self.outs * ROW_BYTES)
+                T.evaluate(T.call_llvm_intrin("int32", "llvm.x86.tilestored64", number, address, stride))
 
 
 def configure(grid: Grid) -> None:
     """Emit the configuration of this thread's tile registers; their contents become zero."""
-    from tvm.script.ir_builder import tirx as I
+    T = ir()
 
-    words: Any = I.alloc_buffer((8,), "uint64", scope="local")
+    words: Any = T.alloc_buffer((8,), "uint64", scope="local")
     for i, word in enumerate(grid.configuration()):
-        I.buffer_store(words, I.uint64(word), [i])
-    I.evaluate(I.call_llvm_intrin("int32", "llvm.x86.ldtilecfg", I.address_of(words[0])))
+        T.buffer_store(words, T.uint64(word), [i])
+    T.evaluate(T.call_llvm_intrin("int32", "llvm.x86.ldtilecfg", T.address_of(words[0])))
 
 
 def release() -> None:
     """Emit the release of the tile registers, so that a switch of threads need not save 8 KB."""
-    from tvm.script.ir_builder import tirx as I
+    T = ir()
 
-    I.evaluate(I.call_llvm_intrin("int32", "llvm.x86.tilerelease"))
+    T.evaluate(T.call_llvm_intrin("int32", "llvm.x86.tilerelease"))
 
 
 def load(register: int, address, stride) -> None:
     """Emit a tile load, rows `stride` bytes apart."""
-    from tvm.script.ir_builder import tirx as I
+    T = ir()
 
-    I.evaluate(I.call_llvm_intrin("int32", "llvm.x86.tileloadd64", I.uint8(register), address, I.int64(stride)))
+    T.evaluate(T.call_llvm_intrin("int32", "llvm.x86.tileloadd64", T.uint8(register), address, T.int64(stride)))
 
 
 def prefetch(address) -> None:
     """Emit a hint to bring a cache line into the second-level cache."""
-    from tvm.script.ir_builder import tirx as I
+    T = ir()
 
-    I.evaluate(I.call_llvm_intrin("void", "llvm.prefetch", address, I.int32(0), I.int32(2), I.int32(1)))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(2), T.int32(1)))
+
+
+def pipelined(grid: Grid, scratch, count, head, tail, finish) -> None:
+    """Emit `count` groups of products, each one's `finish` behind the `head` of the next.
+
+    `head(i)` clears the accumulators and does the first steps, `tail(i)` the rest; the sums go to `scratch`, from where
+    `finish(i)` takes them while the tile unit works on the next group's head. `count` is an expression of loop type.
+    """
+    from tvm import tirx
+
+    T = ir()
+
+    zero, one = tirx.const(0, count.ty.dtype), tirx.const(1, count.ty.dtype)
+    head(zero)
+    tail(zero)
+    with T.serial(one, count) as index:
+        grid.store(scratch)
+        head(index)
+        finish(index - 1)
+        tail(index)
+    grid.store(scratch)
+    finish(count - 1)
 
 
 def pack_tiles(matrix: np.ndarray, outs: int) -> np.ndarray:

@@ -36,9 +36,15 @@ NAME = "conv2d_amx"
 VERSION = 1
 LEAD_STEPS = 4
 """Steps of the next group that precede a group's epilogue: as many as the reorder buffer holds with it."""
+DATA_CYCLES, WEIGHT_CYCLES = 8, 16
+"""To load a tile from the first-level cache, where data is, and from the second, where weights are."""
+DATA_ORDER = 1.1
+"""Cost of the order `data` against `weights`, whose next block is requested ahead; as measured."""
+WORTH_TRYING = 1.4
+"""Decisions predicted to take longer than the best by more than this are left out."""
 EPILOGUE_CYCLES = 7
 """Cycles to finish 16 outputs of one position; hidden behind products where there are enough."""
-GRIDS = ((2, 2), (4, 1), (1, 4), (3, 1), (2, 1), (1, 2), (1, 1))
+GRIDS = ((2, 2), (4, 1), (3, 1), (2, 1), (1, 4), (1, 2), (1, 1))
 PARALLEL_PRODUCTS = 256
 """Tile products below which one thread is faster than waking others."""
 
@@ -64,7 +70,7 @@ def match(workload: Workload) -> list[Decision] | None:
                 found.append((cost, {"pixels": pixels, "outs": outs, "order": order, "merge": merge}))
     found.sort(key=lambda pair: pair[0])
     best = found[0][0] if found else 0.0
-    return [decision for cost, decision in found if cost < 2 * best] or None
+    return [decision for cost, decision in found if cost < WORTH_TRYING * best] or None
 
 
 def _cycles(window: Window, image: Image, pixels: int, outs: int, order: str) -> float:
@@ -73,14 +79,10 @@ def _cycles(window: Window, image: Image, pixels: int, outs: int, order: str) ->
     blocks = window.out_tiles // outs
     steps = image.steps
     products = steps * pixels * outs * amx.PRODUCT_CYCLES
-    loads = steps * (8 * pixels + 8 * outs)
-    if min(pixels, outs) == 1 and max(pixels, outs) > 1:
-        loads += steps * 8
+    loads = steps * (DATA_CYCLES * pixels + WEIGHT_CYCLES * outs)
     epilogue = pixels * outs * image.rows * EPILOGUE_CYCLES
     group = max(products, loads) + epilogue / (3 if steps >= LEAD_STEPS else 1.5)
-    weights = window.out_tiles * steps * 1024
-    outer_is_weights = weights > 1 << 19 or blocks * weights < image.bytes * groups
-    return groups * blocks * group * (1.0 if (order == "weights") == outer_is_weights else 1.05)
+    return groups * blocks * group * (1.0 if order == "weights" else DATA_ORDER)
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
@@ -128,18 +130,19 @@ class _Writer:
 
     def function(self):
         from tvm.script.ir_builder import IRBuilder
-        from tvm.script.ir_builder import tirx as I
+
+        T = amx.ir()
 
         window, grid = self.window, self.grid
-        with IRBuilder() as builder, I.prim_func(s_tir=True):
-            I.func_name("main")
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
             self.renamed = []
             for index, old in enumerate(self.workload.func.params):
                 shape, dtype = [int(d) for d in old.ty.shape], str(old.ty.dtype)
                 if index == window.weight_index:
                     shape = [self.blocks, self.image.steps, grid.outs, amx.ROWS, amx.OUTPUTS, 2]
-                self.renamed.append((old, I.arg(str(old.name), I.buffer(shape, dtype))))
-            I.func_attr({"tirx.noalias": True})
+                self.renamed.append((old, T.arg(str(old.name), T.buffer(shape, dtype))))
+            T.func_attr({"tirx.noalias": True})
             self.data = self.renamed[window.data_index][1]
             self.weight = self.renamed[window.weight_index][1]
             self.output = next(new for old, new in self.renamed if old.same_as(self.epilogue.output))
@@ -153,33 +156,32 @@ class _Writer:
 
     def _threads(self) -> None:
         """Pictures and bands are shared out between threads; where there are too few, blocks of outputs are."""
-        from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
+        T = amx.ir()
 
         pictures = self.window.batch * self.image.bands
         if self.threads == 1:
             self._thread(0, pictures, 0, self.blocks)
             return
-        with I.parallel(self.number(0), self.number(self.threads)) as thread:
+        with T.parallel(self.number(0), self.number(self.threads)) as thread:
             whole = pictures if pictures >= self.threads else self.blocks
             share = -(-whole // self.threads)
-            first = tirx.min(thread * share, whole)
-            count = tirx.min(first + share, whole) - first
+            first = amx.minimum(thread * share, whole)
+            count = amx.minimum(first + share, whole) - first
             if whole == pictures:
                 self._thread(first, count, 0, self.blocks)
             else:
                 self._thread(0, pictures, first, count)
 
     def _thread(self, first_picture, pictures, first_block, blocks) -> None:
-        from tvm.script.ir_builder import tirx as I
+        T = amx.ir()
 
         amx.configure(self.grid)
         shape = (self.grid.pixels, amx.ROWS, self.grid.outs * amx.OUTPUTS)
-        self.scratch = I.alloc_buffer(shape, "float32", scope="local")
+        self.scratch = T.alloc_buffer(shape, "float32", scope="local")
         self.source: Any = self.data
         if self.image.copied:
-            self.source = I.alloc_buffer(self.image.shape, self.image.dtype, scope="global")
-        with I.serial(self.number(0), self._count(pictures)) as each:
+            self.source = T.alloc_buffer(self.image.shape, self.image.dtype, scope="global")
+        with T.serial(self.number(0), self._count(pictures)) as each:
             picture = first_picture + each
             n, band = picture // self.image.bands, picture % self.image.bands
             if self.image.copied:
@@ -192,8 +194,6 @@ class _Writer:
 
     def _band(self, n, band, first_block, blocks) -> None:
         """All outputs of a band: groups of tiles in turn, each one's epilogue behind the next one's start."""
-        from tvm.script.ir_builder import tirx as I
-
         whole = self._count(blocks) * self.groups
 
         def place(index):
@@ -202,15 +202,14 @@ class _Writer:
             return first_block + index % self._count(blocks), index // self._count(blocks)
 
         lead = self._lead()
-        self._products(n, band, *place(self.number(0)), lead, first=True)
-        self._products(n, band, *place(self.number(0)), lead, first=False)
-        with I.serial(self.number(1), whole) as index:
-            self.grid.store(self.scratch)
-            self._products(n, band, *place(index), lead, first=True)
-            self._finish(n, band, *place(index - 1))
-            self._products(n, band, *place(index), lead, first=False)
-        self.grid.store(self.scratch)
-        self._finish(n, band, *place(whole - 1))
+        amx.pipelined(
+            self.grid,
+            self.scratch,
+            whole,
+            lambda index: self._products(n, band, *place(index), lead, first=True),
+            lambda index: self._products(n, band, *place(index), lead, first=False),
+            lambda index: self._finish(n, band, *place(index)),
+        )
 
     def _lead(self) -> tuple[int, int]:
         """How many in-blocks, and how many taps of the next one, come before the previous group's epilogue."""
@@ -220,7 +219,7 @@ class _Writer:
 
     def _products(self, n, band, block, group, lead: tuple[int, int], *, first: bool) -> None:
         """The first or the remaining steps of one group."""
-        from tvm.script.ir_builder import tirx as I
+        T = amx.ir()
 
         image, grid = self.image, self.grid
         whole, part = lead
@@ -233,16 +232,16 @@ class _Writer:
             offset = image.taps[tap].offset
 
             def data(pixel: int):
-                return I.address_of(self.source[(*base(in_block), bases[pixel] + offset, 0)])
+                return T.address_of(self.source[(*base(in_block), bases[pixel] + offset, 0)])
 
             def weight(out: int):
-                return I.address_of(self.weight[block, number, out, 0, 0, 0])
+                return T.address_of(self.weight[block, number, out, 0, 0, 0])
 
             grid.step("bfloat16", data, image.column_bytes, weight)
             if self.ahead:
                 for line in range(self.lines):
                     at = group * self.lines + line
-                    amx.prefetch(I.address_of(self.weight[block + 1, number, 0, at, 0, 0]))
+                    amx.prefetch(T.address_of(self.weight[block + 1, number, 0, at, 0, 0]))
 
         if first:
             grid.zero()
@@ -258,21 +257,20 @@ class _Writer:
             whole += 1
         if whole < image.blocks:
             unrolled = 1 if self.taps > 2 else max(divisors(image.blocks - whole, 4))
-            with I.serial(self.number(0), self.number((image.blocks - whole) // unrolled)) as outer:
+            with T.serial(self.number(0), self.number((image.blocks - whole) // unrolled)) as outer:
                 for inner in range(unrolled):
                     for tap in range(self.taps):
                         step(outer * unrolled + (whole + inner), tap)
 
     def _tile(self, group, pixel: int):
         """(run, first output in the run) of a tile."""
-        from tvm import tirx
 
         image = self.image
-        index = tirx.min(group * self.grid.pixels, self.number(max(image.tiles - self.grid.pixels, 0))) + pixel
+        index = amx.minimum(group * self.grid.pixels, self.number(max(image.tiles - self.grid.pixels, 0))) + pixel
         if image.tiles < self.grid.pixels:
-            index = tirx.min(index, self.number(image.tiles - 1))
+            index = amx.minimum(index, self.number(image.tiles - 1))
         run, tile = index // image.run_tiles, index % image.run_tiles
-        return run, tirx.min(tile * amx.ROWS, self.number(image.run_length - image.rows))
+        return run, amx.minimum(tile * amx.ROWS, self.number(image.run_length - image.rows))
 
     def _base(self, n, band, block):
         """Leading indices of the source buffer, by in-block."""
@@ -286,14 +284,14 @@ class _Writer:
 
     def _finish(self, n, band, block, group) -> None:
         """The epilogue of a group whose sums are in the scratch tile."""
-        from tvm.script.ir_builder import tirx as I
+        T = amx.ir()
 
         image, grid, window = self.image, self.grid, self.window
         width = min(grid.outs * amx.OUTPUTS, window.out_lanes)
         for pixel in range(grid.pixels):
             run, start = self._tile(group, pixel)
             row0 = image.first_row(band) + run * image.run_rows
-            with I.serial(self.number(0), self.number(image.rows)) as i:
+            with T.serial(self.number(0), self.number(image.rows)) as i:
                 q = start + i
                 p = row0 * window.out_w + q
                 if image.pitch != window.out_w and image.run_rows > 1:
@@ -301,7 +299,7 @@ class _Writer:
                 for part in range(grid.outs * amx.OUTPUTS // width):
                     channel = block * (grid.outs * amx.OUTPUTS) + part * width
                     o, lane = channel // window.out_lanes, channel % window.out_lanes
-                    with I.vectorized(self.number(0), self.number(width)) as v:
+                    with T.vectorized(self.number(0), self.number(width)) as v:
                         place = [n, o, p, v if width == window.out_lanes else lane + v]
                         result = self.scratch[pixel, i, part * width + v]
-                        I.buffer_store(self.output, self.epilogue.at(place, result, self.renamed), place)
+                        T.buffer_store(self.output, self.epilogue.at(place, result, self.renamed), place)

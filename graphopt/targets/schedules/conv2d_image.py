@@ -230,11 +230,10 @@ class Image:
 
     def first_row(self, band):
         """Output row where a band begins; the last band begins earlier instead of being shorter."""
-        from tvm import tirx
 
         if self.bands == 1:
             return 0
-        return tirx.min(band * self.band_rows, self.window.out_h - self.band_rows)
+        return amx.minimum(band * self.band_rows, self.window.out_h - self.band_rows)
 
     def position(self, run, start):
         """Of the input of output `start` of a run, tap offset aside."""
@@ -243,29 +242,30 @@ class Image:
     def copy(self, data, target, n, row0, dtype: str) -> None:
         """Emit the copy of picture `n`'s band from output row `row0` on; `dtype` is that of indices."""
         from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
+
+        T = amx.ir()
 
         def number(value: int):
             return tirx.const(value, dtype)
 
         window = self.window
         (p_h, p_w), (s_h, _), (top, left) = self.phases, window.strides, window.pads
-        with I.serial(number(0), number(self.shape[0])) as block:
+        with T.serial(number(0), number(self.shape[0])) as block:
             for phase_y in range(min(p_h, self._reach(0))):
                 for phase_x in range(min(p_w, self._reach(1))):
                     base = (phase_y * p_w + phase_x) * self._phase_size
                     low = min(max(0, -(-(left - phase_x) // p_w)), self.row_pitch)
                     high = max(low, min(self.row_pitch, (window.width - 1 + left - phase_x) // p_w + 1))
-                    with I.serial(number(0), number(self._image_rows)) as y:
+                    with T.serial(number(0), number(self._image_rows)) as y:
                         row = row0 * s_h + y * p_h + (phase_y - top)
                         at = base + y * self.row_pitch
                         inside = tirx.all(row >= 0, row < window.height)
                         self._fill(target, block, at, 0, low, number)
-                        with I.If(inside):
-                            with I.Then():
+                        with T.If(inside):
+                            with T.Then():
                                 column = row * window.width + (phase_x - left)
                                 self._move(data, target, n, block, at, column, low, high, number)
-                            with I.Else():
+                            with T.Else():
                                 self._fill(target, block, at, low, high, number)
                         self._fill(target, block, at, high, self.row_pitch, number)
 
@@ -275,37 +275,39 @@ class Image:
 
     def _fill(self, target, block, at, low: int, high: int, number) -> None:
         from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
+
+        T = amx.ir()
 
         if low == high:
             return
         zero = tirx.const(0, self.dtype)
-        with I.serial(number(low), number(high)) as x, I.vectorized(number(0), number(self.shape[2])) as v:
-            I.buffer_store(target, zero, [block, at + x, v])
+        with T.serial(number(low), number(high)) as x, T.vectorized(number(0), number(self.shape[2])) as v:
+            T.buffer_store(target, zero, [block, at + x, v])
 
     def _move(self, data, target, n, block, at, column, low: int, high: int, number) -> None:
         """Positions [low, high) of a row, from `data` at `column + x * phases`."""
         from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
+
+        T = amx.ir()
 
         step = self.phases[1]
         if low == high:
             return
         if not self.interleaved:
-            with I.serial(number(0), number(high - low)) as x, I.vectorized(number(0), number(self.lanes)) as v:
+            with T.serial(number(0), number(high - low)) as x, T.vectorized(number(0), number(self.lanes)) as v:
                 value = tirx.reinterpret("uint16", data[n, block, column + (low + x) * step, v])
-                I.buffer_store(target, value, [block, at + low + x, v])
+                T.buffer_store(target, value, [block, at + low + x, v])
             return
         whole = (high - low) // 16 * 16
         for word in range(self.shape[2]):
             if whole:
-                with I.serial(number(0), number(whole // 16)) as tile, I.vectorized(number(0), number(16)) as x:
+                with T.serial(number(0), number(whole // 16)) as tile, T.vectorized(number(0), number(16)) as x:
                     place = low + tile * 16 + x
-                    I.buffer_store(target, self._word(data, n, word, column + place), [0, at + place, word])
+                    T.buffer_store(target, self._word(data, n, word, column + place), [0, at + place, word])
             if whole < high - low:
-                with I.serial(number(0), number(high - low - whole)) as x:
+                with T.serial(number(0), number(high - low - whole)) as x:
                     place = low + whole + x
-                    I.buffer_store(target, self._word(data, n, word, column + place), [0, at + place, word])
+                    T.buffer_store(target, self._word(data, n, word, column + place), [0, at + place, word])
 
     def _word(self, data, n, word: int, position) -> Any:
         """Up to four channels of a pixel as bfloat16 bits, the first lowest."""
@@ -313,6 +315,7 @@ class Image:
 
         register()
         total: Any = None
+        bits: Any
         for lane in range(self._word_bits // 16):
             channel = word * 4 + lane
             if channel >= self.window.in_blocks:
@@ -322,7 +325,7 @@ class Image:
                 bits = tirx.call_intrin("uint16", OPERATOR, value)
             else:
                 bits = tirx.reinterpret("uint16", value)
-            bits = bits.astype(self.dtype)
+            bits = tirx.Cast(self.dtype, bits)
             if lane:
                 bits = bits << tirx.const(16 * lane, self.dtype)
             total = bits if total is None else total | bits

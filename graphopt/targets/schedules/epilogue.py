@@ -55,7 +55,7 @@ def epilogue_of(workload: Workload, anchor: str) -> Epilogue | None:
     names = list(workload.blocks)
     after = names[names.index(anchor) + 1 :]
     block = workload.blocks[anchor]
-    source = block.writes[0].source
+    source: Any = block.writes[0].source
     if not after:
         variables = tuple(v.var for v in block.iter_vars if int(v.iter_type) == 0)
         return Epilogue(source, variables, tirx.BufferLoad(source, list(variables)), source)
@@ -66,13 +66,13 @@ def epilogue_of(workload: Workload, anchor: str) -> Epilogue | None:
     except ScheduleError:
         return None  # a reduction, or something read in a way that inlining does not know
     last = schedule.get(schedule.get_sblock(after[-1]))
-    store = last.body
+    store: Any = last.body
     variables = tuple(v.var for v in last.iter_vars)
     if not isinstance(store, tirx.BufferStore) or last.init is not None or not _are(store.indices, variables):
         return None
     loads = [load for load in nodes(store.value, TensorLoad) if load.source.same_as(source)]
     shape = [int(d) for d in store.buffer.shape]
-    if not loads or shape != [int(d) for d in source.shape] or not all(_are(x.indices, variables) for x in loads):
+    if not loads or shape != [int(d) for d in source.ty.shape] or not all(_are(x.indices, variables) for x in loads):
         return None
     return Epilogue(store.buffer, variables, store.value, source)
 
