@@ -16,6 +16,7 @@ from graphopt.targets.schedules import (
     conv2d_amx,
     conv2d_blocked,
     generic,
+    matmul_amx,
     matmul_blocked,
     matmul_packed,
     rowwise,
@@ -26,6 +27,7 @@ from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
 TEMPLATES: tuple[ModuleType, ...] = (
     conv2d_amx,
+    matmul_amx,
     conv2d_blocked,
     winograd,
     window,

@@ -71,10 +71,11 @@ def epilogue_of(workload: Workload, anchor: str) -> Epilogue | None:
     if not isinstance(store, tirx.BufferStore) or last.init is not None or not _are(store.indices, variables):
         return None
     loads = [load for load in nodes(store.value, TensorLoad) if load.source.same_as(source)]
-    shape = [int(d) for d in store.buffer.shape]
+    output: Any = store.buffer
+    shape = [int(d) for d in output.ty.shape]
     if not loads or shape != [int(d) for d in source.ty.shape] or not all(_are(x.indices, variables) for x in loads):
         return None
-    return Epilogue(store.buffer, variables, store.value, source)
+    return Epilogue(output, variables, store.value, source)
 
 
 def _are(indices: Sequence[Any], variables: Sequence[Any]) -> bool:
