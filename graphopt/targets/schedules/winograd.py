@@ -113,7 +113,7 @@ def error_factor(decision: Decision) -> float:
 
 
 ERROR_FACTOR = {4: 4.0, 2: 1.5}
-"""By tile. Measured on normal data, 16 to 256 channels: 1.8 to 2.1, and 0.6 to 0.7 (there are fewer products to add)."""
+"""By tile. Measured on normal data, 16 to 256 channels: 1.8 to 2.1, and 0.6 to 0.7 (fewer products to add)."""
 
 
 def _shape(workload: Workload) -> Shape | None:
