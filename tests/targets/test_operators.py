@@ -115,6 +115,20 @@ def test_an_activation_between_a_convolution_and_readers(op):
     agree(model(nodes, {"x": x}, ["y", "b"], {"w": uniform(2, 16, 16, 1, 1)}), {"x": x}, sum_tolerance(16))
 
 
+@pytest.mark.parametrize("op", ["Sigmoid", "Tanh"])
+def test_activations_in_a_chain_compile_in_a_moment(op):
+    """In one kernel, three of them would take minutes to compile."""
+    x = uniform(1, 1, 16, 6, 6)
+    nodes = [node("Conv", ["x", "w"], ["a0"])]
+    for i in range(3):
+        nodes += [node(op, [f"a{i}"], [f"b{i}"]), node("Mul", [f"a{i}", f"b{i}"], [f"a{i + 1}"])]
+    made = model(nodes, {"x": x}, ["a3"], {"w": uniform(2, 16, 16, 1, 1)})
+    kernels = pipeline.prim_funcs(TARGET.lower(made).module)
+    assert max(name.count(op.lower()) for name in kernels) == 1
+    assert any("conv2d" in name and op.lower() in name for name in kernels)
+    agree(made, {"x": x}, sum_tolerance(16))
+
+
 def test_exp_at_its_ends():
     x = np.array([-np.inf, -104.0, -90.0, 0.0, 88.7, 89.0, np.inf], np.float32)
     found = compiled(model([node("Exp", ["x"], ["y"])], {"x": x}, ["y"]), {"x": x})["y"]

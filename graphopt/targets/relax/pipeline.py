@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import TargetError
+from graphopt.targets.relax import long_expressions
 from graphopt.targets.schedules.workload import Kernel
 
 
@@ -16,15 +17,11 @@ def fuse(module, chains: bool = True):
     import tvm
     from tvm.relax import transform
 
+    module = tvm.transform.Sequential([transform.LegalizeOps(), transform.AnnotateTIROpPattern()])(module)
     fusion = [transform.FuseOps(), transform.FuseTIR()] if chains else []
-    return tvm.transform.Sequential(
-        [
-            transform.LegalizeOps(),
-            transform.AnnotateTIROpPattern(),
-            *fusion,
-            transform.DeadCodeElimination(),
-        ]
-    )(module)
+    if chains:
+        module = long_expressions.kept_apart(module)
+    return tvm.transform.Sequential([*fusion, transform.DeadCodeElimination()])(module)
 
 
 def prim_funcs(module) -> dict[str, Any]:
