@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from graphopt.targets import schedules
 from graphopt.targets.cpu import Cpu
 from graphopt.targets.relax import pipeline
+from graphopt.targets.relax.convolution import merge_groups
 from graphopt.targets.schedules.workload import Workload
 from tests.targets.oracle import TARGET, agree, close, compiled, model, node, reference, sum_tolerance, uniform
 
@@ -71,7 +72,7 @@ def test_depthwise(channels, size, kernel, strides, dilations, pads):
 
 @CASES
 @given(
-    groups=st.sampled_from([2, 3, 4, 8, 32]),
+    groups=st.sampled_from([2, 3, 4, 5, 8, 32]),
     ins=st.sampled_from([1, 2, 4, 7, 8, 16]),
     outs=st.sampled_from([1, 2, 4, 5, 8, 16]),
     batch=st.integers(1, 2),
@@ -129,6 +130,16 @@ def test_one_dimensional():
     constants = {"w": uniform(2, 20, 12, 5), "b": uniform(3, 20)}
     made = model([node("Conv", ["x", "w", "b"], ["y"], pads=[2, 1], strides=[2])], {"x": x}, ["y"], constants)
     agree(made, {"x": x}, sum_tolerance(60))
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "fewer"), [(4, 32, 4), (32, 4, 8), (55, 8, 28), (3, 24, 1), (7, 5, 1), (6, 16, 6)]
+)
+def test_groups_are_merged_to_whole_blocks(groups, width, fewer):
+    kernel = uniform(1, groups * width, width, 3, 3)
+    merged, found = merge_groups(kernel, groups, 16, 16)
+    assert found == fewer
+    assert float(np.abs(merged).sum()) == pytest.approx(float(np.abs(kernel).sum()), rel=1e-5)
 
 
 def _residual(size: int = 8):

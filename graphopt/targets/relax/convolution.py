@@ -103,19 +103,30 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
 def merge_groups(kernel: np.ndarray, groups: int, lanes_in: int, lanes_out: int) -> tuple[np.ndarray, int]:
     """Neighbouring groups as one whose channels fill whole blocks, with zeros where channels do not meet.
 
-    (M, C / groups, kH, kW) -> (M, C / fewer, kH, kW) and `fewer`. Groups of 4 channels in blocks of 16 do four times
-    the arithmetic, a vector at a time. Where no number of groups fills whole blocks, all become one.
+    (M, C / groups, kH, kW) -> (M', C' / fewer, kH, kW) and `fewer`, with M' and C' up to the end of the last block.
+    Groups of 4 channels in blocks of 16 do four times the arithmetic, a vector at a time. Where no number of groups
+    fills whole blocks, all become one.
     """
     outs, ins = kernel.shape[0] // groups, kernel.shape[1]
-    fits = (m for m in range(1, groups) if groups % m == 0 and m * outs % lanes_out == 0 and m * ins % lanes_in == 0)
-    merged = next(fits, groups)
+
+    def fits(merged: int) -> bool:
+        """Merged groups are whole blocks, and end with the last block of the images."""
+        return all(
+            merged * each % lanes == 0 and -(-groups // merged) * merged * each == -(-groups * each // lanes) * lanes
+            for each, lanes in ((outs, lanes_out), (ins, lanes_in))
+        )
+
+    merged = next((m for m in range(1, groups) if fits(m)), groups)
     if merged == 1:
         return kernel, groups
-    split = kernel.reshape(groups // merged, merged, outs, ins, *kernel.shape[2:])
-    wide = np.zeros((groups // merged, merged, outs, merged, ins, *kernel.shape[2:]), kernel.dtype)
+    fewer = -(-groups // merged)
+    split = np.zeros((fewer * merged, outs, ins, *kernel.shape[2:]), kernel.dtype)
+    split[:groups] = kernel.reshape(groups, outs, ins, *kernel.shape[2:])
+    split = split.reshape(fewer, merged, outs, ins, *kernel.shape[2:])
+    wide = np.zeros((fewer, merged, outs, merged, ins, *kernel.shape[2:]), kernel.dtype)
     for i in range(merged):
         wide[:, i, :, i] = split[:, i]
-    return wide.reshape(kernel.shape[0], merged * ins, *kernel.shape[2:]), groups // merged
+    return wide.reshape(fewer * merged * outs, merged * ins, *kernel.shape[2:]), fewer
 
 
 def pack_conv_weight(kernel: np.ndarray, lanes_in: int, lanes_out: int) -> np.ndarray:
