@@ -33,13 +33,15 @@ from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
 from graphopt.targets.schedules.workload import Decision, Kernel, Workload, divisors
 
 NAME = "conv2d_amx"
-VERSION = 1
+VERSION = 2
 LEAD_STEPS = 4
 """Steps of the next group that precede a group's epilogue: as many as the reorder buffer holds with it."""
 DATA_CYCLES, WEIGHT_CYCLES = 8, 16
 """To load a tile from the first-level cache, where data is, and from the second, where weights are."""
 DATA_ORDER = 1.1
 """Cost of the order `data` against `weights`, whose next block is requested ahead; as measured."""
+ONE_GROUP = 0.9
+"""Cost where all outputs of a block fit the registers, so that each weight is loaded once; as measured."""
 WORTH_TRYING = 1.4
 """Decisions predicted to take longer than the best by more than this are left out."""
 EPILOGUE_CYCLES = 7
@@ -82,7 +84,8 @@ def _cycles(window: Window, image: Image, pixels: int, outs: int, order: str) ->
     loads = steps * (DATA_CYCLES * pixels + WEIGHT_CYCLES * outs)
     epilogue = pixels * outs * image.rows * EPILOGUE_CYCLES
     group = max(products, loads) + epilogue / (3 if steps >= LEAD_STEPS else 1.5)
-    return groups * blocks * group * (1.0 if order == "weights" else DATA_ORDER)
+    once = ONE_GROUP if groups == 1 else 1.0
+    return groups * blocks * group * once * (1.0 if order == "weights" else DATA_ORDER)
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
