@@ -2,7 +2,8 @@
 
 An image is a sequence of *positions* for each block of input channels. Output q of a run reads position
 `base + q * step + offset(tap)`, and a tap is what one step of 32 inputs covers: a kernel position of 32 channels, or
-for fewer channels several neighbouring kernel columns at once.
+for fewer channels several neighbouring kernel columns at once. Such a step may also read positions right of the kernel,
+with weights of zero: an infinity or NaN in the picture then reaches outputs up to 31 / channels positions to its left.
 """
 
 from __future__ import annotations
