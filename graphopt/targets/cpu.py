@@ -194,7 +194,9 @@ class Cpu(Target):
         lowered = cast(LoweredModel, lowered)
         folder = Path(folder)
         try:
-            executable = pipeline.compile_module(self.scheduled(lowered), self.tvm_target())
+            executable = pipeline.compile_module(
+                self.scheduled(lowered), self.tvm_target(), in_place="concat" not in self.switched_off
+            )
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
             executable.export_library(str(fresh), fcompile=link.link_shared)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import TargetError
-from graphopt.targets.relax import long_expressions
+from graphopt.targets.relax import concat_in_place, long_expressions
 from graphopt.targets.schedules.workload import Kernel
 
 
@@ -114,11 +114,16 @@ def repack_constants(module, kernels: Mapping[str, Kernel]):
     return tvm.IRModule(functions)
 
 
-def compile_module(module, target):
-    """Machine code for a scheduled module: a `tvm.runtime.Executable`."""
+def compile_module(module, target, in_place: bool = True):
+    """Machine code for a scheduled module: a `tvm.runtime.Executable`. `in_place`: concatenations without a copy."""
     import tvm
     from tvm.relax.backend.cpu_generic import pipeline as stock
 
-    passes = stock.library_dispatch_passes(target) + stock.dataflow_lower_passes(target) + stock.finalize_passes(target)
+    @tvm.transform.module_pass(opt_level=0, name="ConcatInPlace")
+    def concatenate_in_place(module, _context):
+        return concat_in_place.place_parts(module) if in_place else module
+
+    passes = stock.library_dispatch_passes(target) + stock.dataflow_lower_passes(target)
+    passes += [concatenate_in_place, *stock.finalize_passes(target)]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential(passes))
