@@ -19,7 +19,7 @@ from graphopt.runtime import amx_permission
 from graphopt.targets.cpu import Cpu
 from graphopt.targets.relax import computes
 from graphopt.targets.relax.bfloat16 import narrow, narrow_array, widen
-from graphopt.targets.schedules import amx, conv2d_amx, conv2d_image, matmul_amx
+from graphopt.targets.schedules import amx, conv2d_amx, conv2d_image, matmul_amx, matmul_row
 from graphopt.targets.schedules.workload import Machine, Workload
 
 needs_amx = pytest.mark.skipif(
@@ -251,7 +251,8 @@ def matmul_workload(lead: tuple[int, ...], depth: int, columns: int, block: int,
     rng = np.random.default_rng(seed)
     arrays = [narrow_array(rng.standard_normal([int(d) for d in t.shape])) for t in (data, weight)]
     arrays.append(rng.standard_normal(columns).astype(np.float32))
-    return Workload(te.create_prim_func([data, weight, bias, result]), machine(threads)), arrays
+    alone = machine(threads, frozenset({matmul_row.NAME}))  # which would take single rows
+    return Workload(te.create_prim_func([data, weight, bias, result]), alone), arrays
 
 
 @needs_amx

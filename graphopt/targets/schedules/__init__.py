@@ -19,6 +19,7 @@ from graphopt.targets.schedules import (
     matmul_amx,
     matmul_blocked,
     matmul_packed,
+    matmul_row,
     rowwise,
     window,
     winograd,
@@ -27,6 +28,7 @@ from graphopt.targets.schedules.workload import Decision, Kernel, Workload
 
 TEMPLATES: tuple[ModuleType, ...] = (
     conv2d_amx,
+    matmul_row,
     matmul_amx,
     conv2d_blocked,
     winograd,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.targets.relax.bfloat16 import DTYPE
-from graphopt.targets.schedules import amx
+from graphopt.targets.schedules import amx, matmul_row
 from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
 from graphopt.targets.schedules.workload import Decision, Kernel, Workload, divisors
 
@@ -80,7 +80,7 @@ def match(workload: Workload) -> list[Decision] | None:
     if "amx_bf16" not in workload.machine.features:
         return None
     product = product_of(workload)
-    if product is None or epilogue_of(workload, "packed_matmul") is None:
+    if product is None or epilogue_of(workload, "packed_matmul") is None or matmul_row.takes(workload):
         return None
     found: list[tuple[float, Decision]] = []
     tiles = -(-product.rows // amx.ROWS)

@@ -13,7 +13,7 @@ Source: Goto and van de Geijn: Anatomy of High-Performance Matrix Multiplication
 from __future__ import annotations
 
 from graphopt.targets.relax.computes import COLUMNS
-from graphopt.targets.schedules import prefetch
+from graphopt.targets.schedules import matmul_row, prefetch
 from graphopt.targets.schedules.workload import (
     PARALLEL_ELEMENTS,
     Decision,
@@ -41,7 +41,7 @@ def match(workload: Workload) -> list[Decision] | None:
     For one row, also {ahead}: how many bytes of the weight ahead are requested.
     """
     block = workload.anchor("packed_matmul")
-    if block is None:
+    if block is None or matmul_row.takes(workload):
         return None
     nb = annotation(block, COLUMNS)
     *lead, _columns, depth = extents(block)
