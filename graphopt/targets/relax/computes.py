@@ -21,7 +21,8 @@ from graphopt.targets.relax.bfloat16 import DTYPE, widen
 ROW = "graphopt.row"
 """Block annotation: how many positions in a row read neighbouring positions of the input."""
 WINDOW = "graphopt.window"
-"""Block annotation of `conv2d`: H, W, oH, oW, strides (2), pads (top, left), dilations (2), groups."""
+"""Block annotation of `conv2d`, `depthwise`, `window_max`, `window_sum`: H, W, oH, oW, strides (2), pads (top, left),
+dilations (2), groups (blocks of channels where these do not mix)."""
 COLUMNS = "graphopt.columns"
 """Block annotation: columns of the packed weight's block."""
 
@@ -98,7 +99,8 @@ def depthwise(
         return te.sum(widen(padded(n, c, y, x, v)) * weight[c, kh, kw, v], axis=[kh, kw])
 
     shape = (batch, blocks, out_size[0] * out_size[1], lanes)
-    return te.compute(shape, cell, name="depthwise", attrs={ROW: out_size[1]})
+    described = [*size, *out_size, *strides, *pads[:2], *dilations, blocks]
+    return te.compute(shape, cell, name="depthwise", attrs={ROW: out_size[1], WINDOW: described})
 
 
 def pool2d(
@@ -120,6 +122,7 @@ def pool2d(
     kh = te.reduce_axis((0, kernel[0]), "kh")
     kw = te.reduce_axis((0, kernel[1]), "kw")
     out_shape = (batch, blocks, out_size[0] * out_size[1], lanes)
+    described = {ROW: out_size[1], WINDOW: [*size, *out_size, *strides, *pads[:2], *dilations, blocks]}
     if kind == "max":
         lowest = _lowest(str(data.dtype))
         padded = _padded(data, size, pads, lowest)
@@ -128,14 +131,14 @@ def pool2d(
             y, x = _position(p, out_size[1], strides, dilations, kh, kw)
             return te.max(_computed(padded(n, c, y, x, v), str(data.dtype)), axis=[kh, kw])
 
-        return te.compute(out_shape, largest, name="window_max", attrs={ROW: out_size[1]})
+        return te.compute(out_shape, largest, name="window_max", attrs=described)
     padded = _padded(data, size, pads, 0.0)
 
     def total(n, c, p, v):
         y, x = _position(p, out_size[1], strides, dilations, kh, kw)
         return te.sum(widen(padded(n, c, y, x, v)), axis=[kh, kw])
 
-    sums: Any = te.compute(out_shape, total, name="window_sum", attrs={ROW: out_size[1]})
+    sums: Any = te.compute(out_shape, total, name="window_sum", attrs=described)
     area = kernel[0] * kernel[1]
 
     def inside(p, axis) -> Any:

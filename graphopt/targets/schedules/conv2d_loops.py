@@ -12,6 +12,7 @@ from typing import Any
 
 from graphopt.targets.relax.computes import WINDOW
 from graphopt.targets.schedules import prefetch
+from graphopt.targets.schedules.loops import choose, loop, loop_from, nest, sequence
 from graphopt.targets.schedules.register_tiles import POINT, Axis, Run
 from graphopt.targets.schedules.workload import Workload, extents, inline_epilogue, new_schedule, nodes
 
@@ -141,18 +142,18 @@ class ConvolutionLoops:
                     place = _Place(n, group, 0, row, run.first + i * run.size, before * across + done + i)
                     return body(place, row_run, run)
 
-                statements.append(_loop("column", run.count, at))
+                statements.append(loop("column", run.count, at))
                 done += run.count
-            return _sequence(statements)
+            return sequence(statements)
 
         def tiles_of(n, group, t, body) -> Any:
-            return _choose(
+            return choose(
                 t, row_runs, lambda run, i: columns_of(n, group, run, run.first + i * run.size, t, body)
             )  # fmt: skip
 
         def outs_of(place, row_run, column_run) -> Any:
-            return _sequence(
-                _loop(
+            return sequence(
+                loop(
                     "out",
                     run.count,
                     lambda k, run=run: self._tile(
@@ -163,7 +164,7 @@ class ConvolutionLoops:
             )
 
         def out_first(n, group, k, t) -> Any:
-            return _choose(
+            return choose(
                 k,
                 out_runs,
                 lambda run, i: tiles_of(
@@ -185,20 +186,20 @@ class ConvolutionLoops:
 
                     return tiles_of(n, group, t, tile)
 
-                return _nest({"panel": panels, "row": down}, at, False)
+                return nest({"panel": panels, "row": down}, at, False)
 
-            return _sequence([tirx.AllocBuffer(waiting), _choose(k, out_runs, of_run)])
+            return sequence([tirx.AllocBuffer(waiting), choose(k, out_runs, of_run)])
 
         if order == "data":
             del sizes["out"]
-            body = _nest(sizes, lambda n, group, t: tiles_of(n, group, t, outs_of), parallel)
+            body = nest(sizes, lambda n, group, t: tiles_of(n, group, t, outs_of), parallel)
         elif panels == 1:
-            body = _nest(sizes, out_first, parallel)
+            body = nest(sizes, out_first, parallel)
         else:
             del sizes["row"]
-            body = _nest(sizes, in_panels, parallel)
+            body = nest(sizes, in_panels, parallel)
         if self.is_apart:
-            body = _sequence([tirx.AllocBuffer(self.sum), body, self._epilogue_apart(parallel)])
+            body = sequence([tirx.AllocBuffer(self.sum), body, self._epilogue_apart(parallel)])
         return self.func.with_body(body)
 
     def _epilogue_apart(self, parallel: bool) -> Any:
@@ -211,7 +212,7 @@ class ConvolutionLoops:
 
             return self._vector(stores)
 
-        return _nest({"n": batch, "block": blocks, "position": positions}, at, parallel)
+        return nest({"n": batch, "block": blocks, "position": positions}, at, parallel)
 
     def _tile(self, place: _Place, rows: Run, columns: Run, outs: int, plan: _Plan, waiting) -> Any:
         """Start with zeros or with the sums that wait, add every product of the panel, store or let wait."""
@@ -249,7 +250,7 @@ class ConvolutionLoops:
             begin = tirx.IfThenElse(place.panel == 0, begin, resume)
             end = tirx.IfThenElse(place.panel == plan.panels - 1, end, wait)
         if not rows.taps or not columns.taps:
-            return _sequence([tirx.AllocBuffer(sums), begin, end])
+            return sequence([tirx.AllocBuffer(sums), begin, end])
         steps = sum(a.count * b.count for a in rows.taps for b in columns.taps)
 
         def at_tap(ico, a: _Tap, b: _Tap, step):
@@ -270,7 +271,7 @@ class ConvolutionLoops:
 
             turn = (place.number * plan.panel + ico) * steps + step
             requests = self._requests(place, outs, plan, turn, plan.tiles * plan.panel * steps)
-            return _sequence([*requests, _loop("ici", self.window.in_lanes, accumulate)])
+            return sequence([*requests, loop("ici", self.window.in_lanes, accumulate)])
 
         def at_block(ico):
             done, statements = 0, []
@@ -282,17 +283,17 @@ class ConvolutionLoops:
                             step = done + i * b.count + j
                             return at_tap(ico, _Tap(a.first + i, a.outputs), _Tap(b.first + j, b.outputs), step)
 
-                        return _loop("kw", b.count, at_kw)
+                        return loop("kw", b.count, at_kw)
 
                     if rows.is_clipped:
                         first, count = self.window.rows.clipped(place.row)
-                        statements.append(_loop_from("kh", first, count, at_kh))
+                        statements.append(loop_from("kh", first, count, at_kh))
                     else:
-                        statements.append(_loop("kh", a.count, at_kh))
+                        statements.append(loop("kh", a.count, at_kh))
                     done += a.count * b.count
-            return _sequence(statements)
+            return sequence(statements)
 
-        return _sequence([tirx.AllocBuffer(sums), begin, _loop("ico", plan.panel, at_block), end])
+        return sequence([tirx.AllocBuffer(sums), begin, loop("ico", plan.panel, at_block), end])
 
     def _requests(self, place: _Place, outs: int, plan: _Plan, turn, turns: int) -> list[Any]:
         """Requests for this turn's share of the next panel's weights, of `turns` turns."""
@@ -315,7 +316,7 @@ class ConvolutionLoops:
             start = (first + out * window.in_blocks) * (block // prefetch.LINE_BYTES) + turn * count
             found += prefetch.lines(self.weight, start, count, plan.level)
         if count * turns > 1.25 * lines:
-            return [tirx.IfThenElse(turn * count < lines, _sequence(found), None)]
+            return [tirx.IfThenElse(turn * count < lines, sequence(found), None)]
         return found
 
     def _vector(self, statements: Callable[[Any], list[Any]]) -> Any:
@@ -324,7 +325,7 @@ class ConvolutionLoops:
 
         v: Any = tirx.Var("v", "int32")
         zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
-        return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, _sequence(statements(v)))
+        return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, sequence(statements(v)))
 
     def _term(self, place: _Place, row, column, out, lane, ico, tap_h, tap_w, ici) -> Any:
         """The block's product, for one output and one tap."""
@@ -386,66 +387,6 @@ def _with_loads(expression, replacement: Callable[[Any], Any]) -> Any:
     from tvm.ir.expr import TensorLoad
 
     return tvm_ffi.structural_map(expression, [(TensorLoad, replacement)])
-
-
-def _sequence(statements) -> Any:
-    from tvm import tirx
-
-    found = list(statements)
-    return found[0] if len(found) == 1 else tirx.SeqStmt(found)
-
-
-def _loop(name: str, extent: int, body: Callable[[Any], Any]) -> Any:
-    """A loop; none for a single turn."""
-    from tvm import tirx
-
-    return body(0) if extent == 1 else _loop_from(name, tirx.const(0, "int32"), tirx.const(extent, "int32"), body)
-
-
-def _loop_from(name: str, first: Any, extent: Any, body: Callable[[Any], Any]) -> Any:
-    from tvm import tirx
-
-    var: Any = tirx.Var(name, "int32")
-    return tirx.For(var, first, extent, tirx.ForKind.SERIAL, body(var))
-
-
-def _nest(axes: dict[str, int], body: Callable[..., Any], parallel: bool) -> Any:
-    """Loops over all axes, one in the other; or one parallel loop over all of them together."""
-    from tvm import tirx
-
-    if not parallel:
-        names, sizes = list(axes), list(axes.values())
-
-        def level(k, *variables):
-            if k == len(names):
-                return body(*variables)
-            return _loop(names[k], sizes[k], lambda i: level(k + 1, *variables, i))
-
-        return level(0)
-    total = 1
-    for size in axes.values():
-        total *= size
-    turn: Any = tirx.Var("turn", "int32")
-    variables, rest = [], turn
-    for size in reversed(axes.values()):
-        variables.insert(0, rest % size if size > 1 else 0)
-        rest = rest // size
-    zero, turns = tirx.const(0, "int32"), tirx.const(total, "int32")
-    return tirx.For(turn, zero, turns, tirx.ForKind.PARALLEL, body(*variables))
-
-
-def _choose(number, runs: Sequence[Run], body: Callable[[Run, Any], Any]) -> Any:
-    """The body of the run that tile `number` belongs to, given the tile's place in it."""
-    from tvm import tirx
-
-    def level(k: int, before: int) -> Any:
-        run = runs[k]
-        here = body(run, number - before)
-        if k == len(runs) - 1:
-            return here
-        return tirx.IfThenElse(number < before + run.count, here, level(k + 1, before + run.count))
-
-    return level(0, 0)
 
 
 def _bytes(buffer) -> int:

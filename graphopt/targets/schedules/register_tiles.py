@@ -45,12 +45,13 @@ class Axis:
     pad: int
     """Positions of padding before the first input."""
 
-    def runs(self, tile: int) -> list[Run]:
+    def runs(self, tile: int, clip: bool = True) -> list[Run]:
         """Cut into as few tiles as tiles of at most `tile` outputs allow.
 
-        Single outputs make one run, whatever taps they read, since these are always consecutive.
+        Single outputs make one run, whatever taps they read, since these are always consecutive; with `clip` false,
+        they too are told apart by their taps.
         """
-        if tile == 1 and self.extent > 1 and len({self._taps(i, 1) for i in range(self.extent)}) > 1:
+        if clip and tile == 1 and self.extent > 1 and len({self._taps(i, 1) for i in range(self.extent)}) > 1:
             return [Run(0, 1, self.extent, (Taps(0, self.kernel, (0,)),), is_clipped=True)]
         tiles = -(-self.extent // tile)
         found: list[Run] = []

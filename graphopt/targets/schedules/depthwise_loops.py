@@ -1,0 +1,249 @@
+"""The loop nest of a sliding window over single channels, written out in TIR.
+
+Each run of tiles (the left border, the middle, the right border; top, middle, bottom) has a body of its own, so that
+what lies outside of the picture is neither read nor computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.targets.relax.bfloat16 import DTYPE
+from graphopt.targets.relax.computes import WINDOW
+from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
+from graphopt.targets.schedules.loops import choose, loop, loop_from, nest, sequence
+from graphopt.targets.schedules.register_tiles import Axis, Run
+from graphopt.targets.schedules.workload import Workload, extents, nodes
+
+ANCHORS = ("depthwise", "window_max", "window_sum")
+
+
+@dataclass(frozen=True)
+class Window:
+    """What an anchor computes: data (N, blocks, rows * columns, lanes) -> (N, blocks, rows * columns, lanes)."""
+
+    batch: int
+    blocks: int
+    lanes: int
+    """Channels of a block."""
+    rows: Axis
+    columns: Axis
+    load_instructions: int
+    """To have a vector of the input in float32."""
+
+    @classmethod
+    def of(cls, workload: Workload) -> Window | None:
+        """The geometry; None where something other than padding comes before the anchor, or its type is an integer."""
+        block = workload.anchor(*ANCHORS)
+        if block is None or WINDOW not in block.annotations:
+            return None
+        names = list(workload.blocks)
+        if set(names[: names.index(str(block.name_hint))]) - {"pad"} or str(block.writes[0].source.dtype) != "float32":
+            return None
+        if "pad" in workload.blocks and len(_loads(workload.blocks["pad"].body)) != 1:
+            return None
+        if epilogue_of(workload, str(block.name_hint)) is None:
+            return None
+        batch, blocks, _, lanes, k_h, k_w = extents(block)
+        height, width, out_h, out_w, s_h, s_w, top, left, d_h, d_w, _ = (int(x) for x in block.annotations[WINDOW])
+        if min(batch, blocks, height, width, out_h, out_w) < 1:
+            return None
+        narrow = any(str(region.source.dtype) == DTYPE for region in block.reads)
+        rows, columns = Axis(out_h, height, k_h, s_h, d_h, top), Axis(out_w, width, k_w, s_w, d_w, left)
+        return cls(batch, blocks, lanes, rows, columns, 3 if narrow else 1)
+
+    def terms(self, rows: int, columns: int) -> int:
+        """Products that are written out for tiles of at most rows x columns outputs."""
+        return sum(
+            sum(tap.count * len(tap.outputs) for tap in row.taps)
+            * sum(tap.count * len(tap.outputs) for tap in column.taps)
+            for row in self.rows.runs(rows)
+            for column in self.columns.runs(columns, clip=False)
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tile is: loop variables, or numbers."""
+
+    n: Any
+    block: Any
+    row: Any
+    column: Any
+    vector: Any
+    """First lane."""
+
+
+class DepthwiseLoops:
+    """Writes the loops of a workload that `Window.of` describes."""
+
+    def __init__(self, workload: Workload):
+        window = Window.of(workload)
+        assert window is not None
+        self.window = window
+        self.func = workload.func
+        block: Any = workload.anchor(*ANCHORS)
+        epilogue = epilogue_of(workload, str(block.name_hint))
+        assert epilogue is not None
+        self.epilogue: Epilogue = epilogue
+        self.update = block.body.value
+        """The running value and one term: a sum, or a maximum."""
+        self.start = block.init.value
+        self.variables = [v.var for v in block.iter_vars]
+        self.lanes = workload.machine.lanes if window.lanes % workload.machine.lanes == 0 else window.lanes
+        self.read = _loads(self.update.b)[0].source  # the input comes before the weight
+        self.data = _loads(workload.blocks["pad"].body)[0].source if "pad" in workload.blocks else self.read
+
+    def write(self, rows: int, columns: int, *, parallel: bool) -> Any:
+        """The function with tiles of at most rows x columns outputs."""
+        window = self.window
+        row_runs, column_runs = window.rows.runs(rows), window.columns.runs(columns, clip=False)
+        vectors = window.lanes // self.lanes
+
+        def row_tile(n, block, run: Run, row) -> Any:
+            def of_vector(vector) -> Any:
+                return sequence(
+                    loop(
+                        "column",
+                        columns_run.count,
+                        lambda i, c=columns_run: self._tile(
+                            _Place(n, block, row, c.first + i * c.size, vector * self.lanes), run, c
+                        ),
+                    )
+                    for columns_run in column_runs
+                )
+
+            return loop("vector", vectors, of_vector)
+
+        def at(n, block, t) -> Any:
+            return choose(t, row_runs, lambda run, i: row_tile(n, block, run, run.first + i * run.size))
+
+        sizes = {"n": window.batch, "block": window.blocks, "row": sum(run.count for run in row_runs)}
+        return self.func.with_body(_root(nest(sizes, at, parallel)))
+
+    def _tile(self, place: _Place, rows: Run, columns: Run) -> Any:
+        """Start, add every term, store through the epilogue."""
+        from tvm import tirx
+
+        count = rows.size * columns.size
+        sums = tirx.decl_buffer((count * self.lanes,), "float32", "sums", scope="local")
+
+        def store(v) -> list[Any]:
+            found = []
+            for row in range(rows.size):
+                for column in range(columns.size):
+                    value = sums[(row * columns.size + column) * self.lanes + v]
+                    at = [place.n, place.block, self._output(place, row, column), place.vector + v]
+                    numbers = [tirx.const(x, "int32") if isinstance(x, int) else x for x in at]
+                    result = self.epilogue.at(numbers, value, [])
+                    found.append(tirx.BufferStore(self.epilogue.output, result, numbers))
+            return found
+
+        begin = self._vector(lambda v: [tirx.BufferStore(sums, self.start, [k * self.lanes + v]) for k in range(count)])
+        end = self._vector(store)
+        steps = self._steps(place, rows, columns, sums)
+        return sequence([tirx.AllocBuffer(sums), begin, *steps, end])
+
+    def _output(self, place: _Place, row: int, column: int) -> Any:
+        return (place.row + row) * self.window.columns.extent + place.column + column
+
+    def _steps(self, place: _Place, rows: Run, columns: Run, sums) -> list[Any]:
+        """The tile's input rows, one after the other."""
+        if not columns.taps:  # the windows lie in the padding
+            return []
+        if rows.is_clipped:
+            first, count = self.window.rows.clipped(place.row)
+            return [loop_from("kh", first, count, lambda kh: self._input_row(place, [(0, kh)], 0, columns, sums))]
+        axis, found = self.window.rows, []
+        if rows.size == 1:
+            for tap in rows.taps:
+                found.append(
+                    loop(
+                        "kh",
+                        tap.count,
+                        lambda i, first=tap.first: self._input_row(place, [(0, first + i)], 0, columns, sums),
+                    )
+                )
+            return found
+        patch = _patch(axis, rows)
+        return [self._input_row(place, taps, offset, columns, sums, static=True) for offset, taps in patch.items()]
+
+    def _input_row(self, place: _Place, taps: Sequence[tuple[int, Any]], offset: int, columns: Run, sums, static=False):
+        """Add what one input row gives to the outputs (row, window row) in `taps`.
+
+        With `static`, the row is `offset` below the tile's first, else where the only tap finds it.
+        """
+        from tvm import tirx
+
+        rows, across = self.window.rows, self.window.columns
+        down = offset if static else taps[0][1] * rows.dilation
+        y = place.row * rows.stride + (down - rows.pad)
+
+        def terms(v) -> list[Any]:
+            found = []
+            for right, column_taps in _patch(across, columns).items():
+                x = place.column * across.stride + (right - across.pad)
+                for row, kh in taps:
+                    for column, kw in column_taps:
+                        at = (row * columns.size + column) * self.lanes + v
+                        term = self._term(place, y * across.length + x, kh, kw, place.vector + v)
+                        found.append(tirx.BufferStore(sums, self._updated(sums[at], term), [at]))
+            return found
+
+        return self._vector(terms)
+
+    def _updated(self, value, term) -> Any:
+        from tvm import tirx
+
+        return tirx.max(value, term) if isinstance(self.update, tirx.Max) else value + term
+
+    def _term(self, place: _Place, position, kh, kw, lane) -> Any:
+        """The block's term, for one position of the input and of the window."""
+        import tvm_ffi
+        from tvm.ir import Var
+        from tvm.ir.expr import TensorLoad
+
+        values = [place.n, place.block, 0, lane, kh, kw]
+
+        def load(value):
+            if value.source.same_as(self.read):
+                return self.data[place.n, place.block, position, lane]
+            return value.source[tuple(tvm_ffi.structural_map(i, (Var, named)) for i in value.indices)]
+
+        def named(variable):
+            return next((x for v, x in zip(self.variables, values, strict=True) if variable.same_as(v)), variable)
+
+        return tvm_ffi.structural_map(self.update.b, (TensorLoad, load))
+
+    def _vector(self, statements) -> Any:
+        """Statements for every lane at once."""
+        from tvm import tirx
+
+        v: Any = tirx.Var("v", "int32")
+        zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
+        return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, sequence(statements(v)))
+
+
+def _patch(axis: Axis, run: Run) -> dict[int, list[tuple[int, int]]]:
+    """By offset from where the first output's window begins: the (output, tap) pairs that read this input."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for taps in run.taps:
+        for tap in range(taps.first, taps.first + taps.count):
+            for output in taps.outputs:
+                found.setdefault(output * axis.stride + tap * axis.dilation, []).append((output, tap))
+    return dict(sorted(found.items()))
+
+
+def _root(body) -> Any:
+    """A block around all: TVM looks for one in functions of a single operand, which might only reshape it."""
+    from tvm import s_tir, tirx
+
+    return s_tir.SBlockRealize([], tirx.const(True, "bool"), s_tir.SBlock([], [], [], "root", body))
+
+
+def _loads(tree) -> list[Any]:
+    from tvm.ir.expr import TensorLoad
+
+    return nodes(tree, TensorLoad)
