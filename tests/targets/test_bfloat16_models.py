@@ -216,3 +216,36 @@ def test_what_tvm_lowers_by_itself_gets_float32():
     wanted, found = oracle.reference(made, feeds)["y"], oracle.compiled(made, feeds, TARGET)["y"]
     assert found.dtype == np.float32
     assert np.abs(found - wanted).max() <= 8 * UNIT * np.abs(wanted).max()
+
+
+def test_attention_multiplies_activations_in_float32_through_their_strides():
+    """Only x and the weights are bfloat16, and exact; scores and weighted values are never rounded to it."""
+    batch, length, heads, width = 2, 5, 3, 8
+    whole = heads * width
+    x = exact((batch, length, whole), 1)
+    constants = {name: exact((whole, whole), 2 + i, 0.2) for i, name in enumerate(("wq", "wk", "wv"))}
+    constants |= {
+        "split": np.array([batch, length, heads, width]),
+        "join": np.array([batch, length, whole]),
+        "scale": np.array(width**-0.5, np.float32),
+    }
+    nodes = []
+    for name, order in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
+        nodes += [
+            oracle.node("MatMul", ["x", f"w{name}"], [f"{name}0"]),
+            oracle.node("Reshape", [f"{name}0", "split"], [f"{name}1"]),
+            oracle.node("Transpose", [f"{name}1"], [name], perm=order),
+        ]
+    nodes += [
+        oracle.node("MatMul", ["q", "k"], ["scores"]),
+        oracle.node("Mul", ["scores", "scale"], ["scaled"]),
+        oracle.node("Softmax", ["scaled"], ["weights"], axis=-1),
+        oracle.node("MatMul", ["weights", "v"], ["values"]),
+        oracle.node("Transpose", ["values"], ["back"], perm=(0, 2, 1, 3)),
+        oracle.node("Reshape", ["back", "join"], ["y"]),
+    ]
+    made = oracle.model(nodes, {"x": x}, ["y"], constants)
+    check(made, {"x": x}, magnitude=float(whole), roundings=0.0)
+    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
+    assert sum("batch_matmul" in name for name in names) == 2
+    assert sum("transpose" in name for name in names) == 1  # the result's own; operands are read through strides

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from graphopt.targets.relax.emitters import Inputs, Node, emits
-from graphopt.targets.relax.values import INJECTIVE, Builder, Value
+from graphopt.targets.relax.values import INJECTIVE, Builder, Value, element_type
 
 
 class Base:
@@ -103,12 +103,12 @@ def element(base, indices: Sequence[Any], strides: Sequence[int], offset: int, f
 
 
 def strided(builder: Builder, value: Value) -> Strided | None:
-    """A value as a strided one; None for constants, other types and blocked images."""
+    """A value as a strided one; None for constants, other types, blocked images and what is stored as bfloat16."""
     if isinstance(value, Strided):
         return value
     if value.dtype != "float32" or value.const is not None or value.plain is None or not value.shape:
         return None
-    if 0 in value.shape or builder.narrows:
+    if 0 in value.shape or element_type(value.plain) != "float32":
         return None
     return Strided(builder, Base(builder, value.plain, value.shape), _dummy(value.shape))
 
