@@ -6,8 +6,8 @@ what lies outside of the picture is neither read nor computed with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.targets.relax.bfloat16 import DTYPE
@@ -76,10 +76,23 @@ class _Place:
     """First lane."""
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a tile has in registers: float32 vectors, one behind the other."""
+
+    sums: Any
+    inputs: Any
+    """Of one input row."""
+    weights: Any
+    """Of the whole window, or of one of its rows; None for pooling."""
+
+
 class DepthwiseLoops:
     """Writes the loops of a workload that `Window.of` describes."""
 
     def __init__(self, workload: Workload):
+        from tvm import tirx
+
         window = Window.of(workload)
         assert window is not None
         self.window = window
@@ -93,7 +106,9 @@ class DepthwiseLoops:
         self.start = block.init.value
         self.variables = [v.var for v in block.iter_vars]
         self.lanes = workload.machine.lanes if window.lanes % workload.machine.lanes == 0 else window.lanes
-        self.read = _loads(self.update.b)[0].source  # the input comes before the weight
+        term = self.update.b
+        self.input, self.weight = (term.a, term.b) if isinstance(term, tirx.Mul) else (term, None)
+        self.read = _loads(self.input)[0].source
         self.data = _loads(workload.blocks["pad"].body)[0].source if "pad" in workload.blocks else self.read
 
     def write(self, rows: int, columns: int, *, parallel: bool) -> Any:
@@ -128,7 +143,7 @@ class DepthwiseLoops:
         from tvm import tirx
 
         count = rows.size * columns.size
-        sums = tirx.decl_buffer((count * self.lanes,), "float32", "sums", scope="local")
+        sums = self._registers(count, "sums")
 
         def store(v) -> list[Any]:
             found = []
@@ -143,53 +158,86 @@ class DepthwiseLoops:
 
         begin = self._vector(lambda v: [tirx.BufferStore(sums, self.start, [k * self.lanes + v]) for k in range(count)])
         end = self._vector(store)
-        steps = self._steps(place, rows, columns, sums)
-        return sequence([tirx.AllocBuffer(sums), begin, *steps, end])
+        held = _Held(sums, self._registers(len(_patch(self.window.columns, columns)), "inputs"), None)
+        if self.weight is not None:
+            held = replace(
+                held, weights=self._registers(self._static_rows(rows) * self.window.columns.kernel, "weights")
+            )
+        buffers = [tirx.AllocBuffer(x) for x in (held.sums, held.inputs, held.weights) if x is not None]
+        return sequence([*buffers, begin, *self._steps(place, rows, columns, held), end])
+
+    def _static_rows(self, rows: Run) -> int:
+        """Rows of the window whose weights are held at a time."""
+        return self.window.rows.kernel if rows.size > 1 else 1
+
+    def _registers(self, count: int, name: str) -> Any:
+        from tvm import tirx
+
+        return tirx.decl_buffer((max(count, 1) * self.lanes,), "float32", name, scope="local")
 
     def _output(self, place: _Place, row: int, column: int) -> Any:
         return (place.row + row) * self.window.columns.extent + place.column + column
 
-    def _steps(self, place: _Place, rows: Run, columns: Run, sums) -> list[Any]:
+    def _steps(self, place: _Place, rows: Run, columns: Run, held: _Held) -> list[Any]:
         """The tile's input rows, one after the other."""
-        if not columns.taps:  # the windows lie in the padding
+        if not columns.taps or not rows.taps:  # the windows lie in the padding
             return []
+        axis = self.window.rows
+        if rows.size > 1:
+            weights = self._hold_weights(place, range(axis.kernel), held)
+            patch = _patch(axis, rows)
+            return [*weights, *(self._input_row(place, down, taps, columns, held) for down, taps in patch.items())]
+
+        def at(kh) -> Any:
+            weights = self._hold_weights(place, [kh], held)
+            return sequence([*weights, self._input_row(place, kh * axis.dilation, [(0, 0)], columns, held)])
+
         if rows.is_clipped:
-            first, count = self.window.rows.clipped(place.row)
-            return [loop_from("kh", first, count, lambda kh: self._input_row(place, [(0, kh)], 0, columns, sums))]
-        axis, found = self.window.rows, []
-        if rows.size == 1:
-            for tap in rows.taps:
-                found.append(
-                    loop(
-                        "kh",
-                        tap.count,
-                        lambda i, first=tap.first: self._input_row(place, [(0, first + i)], 0, columns, sums),
-                    )
-                )
-            return found
-        patch = _patch(axis, rows)
-        return [self._input_row(place, taps, offset, columns, sums, static=True) for offset, taps in patch.items()]
+            first, count = axis.clipped(place.row)
+            return [loop_from("kh", first, count, at)]
+        return [loop("kh", tap.count, lambda i, first=tap.first: at(first + i)) for tap in rows.taps]
 
-    def _input_row(self, place: _Place, taps: Sequence[tuple[int, Any]], offset: int, columns: Run, sums, static=False):
-        """Add what one input row gives to the outputs (row, window row) in `taps`.
-
-        With `static`, the row is `offset` below the tile's first, else where the only tap finds it.
-        """
+    def _hold_weights(self, place: _Place, rows: Iterable[Any], held: _Held) -> list[Any]:
+        """Load rows of the window's weights."""
         from tvm import tirx
 
-        rows, across = self.window.rows, self.window.columns
-        down = offset if static else taps[0][1] * rows.dilation
+        if self.weight is None:
+            return []
+        width = self.window.columns.kernel
+
+        def loads(v) -> list[Any]:
+            return [
+                tirx.BufferStore(
+                    held.weights,
+                    self._placed(self.weight, place, 0, kh, kw, place.vector + v),
+                    [(k * width + kw) * self.lanes + v],
+                )
+                for k, kh in enumerate(rows)
+                for kw in range(width)
+            ]
+
+        return [self._vector(loads)]
+
+    def _input_row(self, place: _Place, down: Any, taps: Sequence[tuple[int, int]], columns: Run, held: _Held) -> Any:
+        """Add what the input row `down` below the first gives to the outputs (row, held row of weights) in `taps`."""
+        from tvm import tirx
+
+        rows, across, lanes = self.window.rows, self.window.columns, self.lanes
         y = place.row * rows.stride + (down - rows.pad)
+        first = y * across.length + place.column * across.stride - across.pad
 
         def terms(v) -> list[Any]:
             found = []
-            for right, column_taps in _patch(across, columns).items():
-                x = place.column * across.stride + (right - across.pad)
+            for k, (right, column_taps) in enumerate(_patch(across, columns).items()):
+                value = self._placed(self.input, place, first + right, 0, 0, place.vector + v)
+                found.append(tirx.BufferStore(held.inputs, value, [k * lanes + v]))
                 for row, kh in taps:
                     for column, kw in column_taps:
-                        at = (row * columns.size + column) * self.lanes + v
-                        term = self._term(place, y * across.length + x, kh, kw, place.vector + v)
-                        found.append(tirx.BufferStore(sums, self._updated(sums[at], term), [at]))
+                        at = (row * columns.size + column) * lanes + v
+                        term: Any = held.inputs[k * lanes + v]
+                        if self.weight is not None:
+                            term = term * held.weights[(kh * across.kernel + kw) * lanes + v]
+                        found.append(tirx.BufferStore(held.sums, self._updated(held.sums[at], term), [at]))
             return found
 
         return self._vector(terms)
@@ -199,13 +247,14 @@ class DepthwiseLoops:
 
         return tirx.max(value, term) if isinstance(self.update, tirx.Max) else value + term
 
-    def _term(self, place: _Place, position, kh, kw, lane) -> Any:
-        """The block's term, for one position of the input and of the window."""
+    def _placed(self, expression, place: _Place, position, kh, kw, lane) -> Any:
+        """The anchor's input, or its weight, at one position of the input or of the window."""
         import tvm_ffi
+        from tvm import tirx
         from tvm.ir import Var
         from tvm.ir.expr import TensorLoad
 
-        values = [place.n, place.block, 0, lane, kh, kw]
+        values = [tirx.const(x, "int32") if isinstance(x, int) else x for x in (place.n, place.block, 0, lane, kh, kw)]
 
         def load(value):
             if value.source.same_as(self.read):
@@ -215,7 +264,7 @@ class DepthwiseLoops:
         def named(variable):
             return next((x for v, x in zip(self.variables, values, strict=True) if variable.same_as(v)), variable)
 
-        return tvm_ffi.structural_map(self.update.b, (TensorLoad, load))
+        return tvm_ffi.structural_map(expression, (TensorLoad, load))
 
     def _vector(self, statements) -> Any:
         """Statements for every lane at once."""
