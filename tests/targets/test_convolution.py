@@ -212,3 +212,13 @@ def test_channels_never_leave_blocks_between_convolutions():
     assert not [n for n in names if n.startswith("block")]
     assert len([n for n in names if "unblock" in n]) == 1  # the output
     agree(made, {"x": x}, sum_tolerance(27 * 20 * 9))
+
+
+def test_tiles_of_one_column_skip_padding():
+    """Single columns at the borders, which read fewer taps than those between them."""
+    x, constants = uniform(1, 1, 16, 9, 9), {"w": uniform(2, 64, 16, 3, 3)}
+    made = model([node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])], {"x": x}, ["y"], constants)
+    (name,) = (n for n in pipeline.prim_funcs(TARGET.lower(made).module) if "conv2d" in n)
+    tile = {"rows": 1, "columns": 1, "outs": 4, "panel": 1, "order": "weights"}
+    found = compiled(made, {"x": x}, TARGET, {name: ("conv2d_blocked", tile)})
+    close(found, reference(made, {"x": x}), sum_tolerance(16 * 9))

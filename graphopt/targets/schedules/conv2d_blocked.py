@@ -65,7 +65,7 @@ def match(workload: Workload) -> list[Decision] | None:
     window = Window.of(block)
     found: list[tuple[float, int, Decision]] = []
     for rows, columns, outs in _tiles(window, workload):
-        runs = window.rows.runs(rows), window.columns.runs(columns), _outs(window).runs(outs)
+        runs = window.rows.runs(rows), window.columns.runs(columns, clip=False), _outs(window).runs(outs)
         bodies = len(runs[0]) * len(runs[1]) * len(runs[2])
         for panel, order in _orders(window, runs):
             cost = _cycles(window, workload, runs, panel, order)

@@ -124,7 +124,7 @@ class ConvolutionLoops:
         from tvm import tirx
 
         window = self.window
-        row_runs, column_runs = window.rows.runs(rows), window.columns.runs(columns)
+        row_runs, column_runs = window.rows.runs(rows), window.columns.runs(columns, clip=False)
         out_runs = replace(POINT, extent=window.out_blocks, length=window.out_blocks).runs(outs)
         across = sum(run.count for run in column_runs)
         down = sum(run.count for run in row_runs)
