@@ -23,6 +23,8 @@ ROW = "graphopt.row"
 WINDOW = "graphopt.window"
 """Block annotation of `conv2d`, `depthwise`, `window_max`, `window_sum`: H, W, oH, oW, strides (2), pads (top, left),
 dilations (2), groups (blocks of channels where these do not mix)."""
+PARTS = "graphopt.parts"
+"""Block annotation of `concat_lanes`: the channels of each part."""
 COLUMNS = "graphopt.columns"
 """Block annotation: columns of the packed weight's block."""
 
@@ -229,6 +231,25 @@ def unblock_channels(data, *, channels: int, size: tuple[int, int]):
         lambda n, c, y, x: data[n, c // block, y * size[1] + x, c % block],
         name="unblock_channels",
     )
+
+
+def concat_lanes(*parts, channels: Sequence[int], block: int):
+    """Blocked activations (N, C_i / b_i, H * W, b_i) one behind the other -> (N, sum(C_i) / block, H * W, block)."""
+    from tvm import te, tirx
+
+    batch, _, area, _ = _dims(parts[0])
+    ends = [sum(channels[: i + 1]) for i in range(len(channels))]
+
+    def cell(n, o, p, v):
+        channel = o * block + v
+        value: Any = tirx.const(0, parts[0].dtype)
+        for part, count, end in reversed(list(zip(parts, channels, ends, strict=True))):
+            lanes, local = _dims(part)[3], channel - (end - count)
+            value = tirx.if_then_else(channel < end, part[n, local // lanes, p, local % lanes], value)
+        return value
+
+    shape = (batch, -(-ends[-1] // block), area, block)
+    return te.compute(shape, cell, name="concat_lanes", attrs={PARTS: list(channels)})
 
 
 def dilate(data, *, size: tuple[int, int], strides: tuple[int, int]):

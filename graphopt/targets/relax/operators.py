@@ -6,6 +6,7 @@ importer then asks TVM's own converter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from graphopt.targets.relax import computes, elementwise, views
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, Builder, Value
+from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Value
 
 # ---- elementwise
 
@@ -272,6 +273,10 @@ def _new_shape(node: Node, old: tuple[int, ...], operand: Value | None) -> tuple
     return tuple(1 if i in places else next(rest) for i in range(rank))
 
 
+FEWEST_LANES = 4
+"""A concatenation whose parts end within a block moves at least so many channels at a time, else by TVM's own means."""
+
+
 @emits("Concat")
 def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     from tvm import relax
@@ -284,9 +289,14 @@ def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     total = sum(v.channels for v in values)
     block = builder.block_for(total)
-    if any(v.channels % block for v in values) or any(builder.block_for(v.channels) != block for v in values):
+    channels = [v.channels for v in values]
+    if math.gcd(block, *channels) < FEWEST_LANES:
         return None
-    joined = builder.emit(relax.op.concat([builder.blocked(v) for v in values], axis=1))
+    parts = [builder.blocked(v) for v in values]
+    if any(v.channels % block or v.block != block for v in values):
+        joined = builder.call(computes.concat_lanes, *parts, channels=channels, block=block, pattern=OPAQUE)
+    else:
+        joined = builder.emit(relax.op.concat(parts, axis=1))
     shape = values[0].shape
     assert shape is not None
     return image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)

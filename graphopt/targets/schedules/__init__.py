@@ -13,6 +13,7 @@ from types import ModuleType
 from graphopt.targets.relax import stack_buffers
 from graphopt.targets.schedules import (
     batch_matmul,
+    concat_lanes,
     conv2d_amx,
     conv2d_blocked,
     depthwise,
@@ -39,6 +40,7 @@ TEMPLATES: tuple[ModuleType, ...] = (
     matmul_packed,
     batch_matmul,
     rowwise,
+    concat_lanes,
 )
 """In the order of their first guesses: the first template that matches gives a kernel's decision without a search."""
 
