@@ -185,8 +185,9 @@ def _stored(dtype: str) -> np.dtype:
 
 def _values(dtype: str, count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    if dtype == "bfloat16":  # as bits: the upper half of a float32
-        return (rng.uniform(0.1, 1.0, count).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if dtype in ("bfloat16", "uint16", "uint32"):  # bits: the upper halves of float32, one or a pair to an element
+        halves = (rng.uniform(0.1, 1.0, 2 * count).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return halves.view(np.uint32)[:count] if dtype == "uint32" else halves[:count]
     if np.dtype(dtype).kind == "f":
         return rng.uniform(0.1, 1.0, count).astype(dtype)
     return rng.integers(0, 2, count).astype(dtype)
