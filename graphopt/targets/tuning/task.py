@@ -156,10 +156,15 @@ class Task:
         )  # fmt: skip
 
     def start_from(self, record: Record) -> None:
-        """Try a record's decision first: what another thread count or an unfinished search found."""
+        """Try a record's decision first: what another thread count or an unfinished search found.
+
+        The space of another thread count may not offer it; it is as valid here, so it joins the choices.
+        """
         position = self.position(record)
-        if position is not None:
-            self.hints, self.best = [position], position
+        if position is None:
+            self.choices = [*self.choices, Choice(record.template, dict(record.decision))]
+            position = len(self.choices) - 1
+        self.hints, self.best = [position], position
 
     def resume(self, record: Record) -> None:
         """Go on from an unfinished record of this very key: what it tried stays tried, its best is timed again."""
