@@ -23,7 +23,7 @@ def _record(choice: Choice) -> Record:
 
 def test_a_decision_that_is_not_offered_joins_the_space():
     task, known = _task(), Choice("winograd", {"tile": 4, "chunk": 98})
-    task.start_from(_record(known))
+    task.borrow(_record(known))
     assert task.choice == known
     assert task.next_position() == 2
     assert _task().choices == OFFERED  # the list that other tasks share is left alone
@@ -31,7 +31,14 @@ def test_a_decision_that_is_not_offered_joins_the_space():
 
 def test_a_decision_that_is_offered_keeps_its_place():
     task = _task()
-    task.start_from(_record(OFFERED[1]))
+    task.borrow(_record(OFFERED[1]))
     assert task.choice == OFFERED[1]
     assert task.next_position() == 1
     assert len(task.choices) == 2
+
+
+def test_a_record_that_no_template_could_have_made_is_left_alone():
+    task = _task()
+    task.borrow(_record(Choice("winograd", {"columns": 99})))
+    assert task.choices == OFFERED
+    assert task.hints == []

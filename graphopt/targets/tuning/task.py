@@ -156,15 +156,19 @@ class Task:
         )  # fmt: skip
 
     def start_from(self, record: Record) -> None:
-        """Try a record's decision first: what another thread count or an unfinished search found.
-
-        The space of another thread count may not offer it; it is as valid here, so it joins the choices.
-        """
+        """Try a record's decision first: what another thread count or an unfinished search found."""
         position = self.position(record)
-        if position is None:
-            self.choices = [*self.choices, Choice(record.template, dict(record.decision))]
-            position = len(self.choices) - 1
-        self.hints, self.best = [position], position
+        if position is not None:
+            self.hints, self.best = [position], position
+
+    def borrow(self, record: Record) -> None:
+        """Start from a record of another thread count. The space here may not offer its decision, which is as valid,
+        so it joins the choices where it has the fields that its template's decisions have."""
+        wanted = Choice(record.template, dict(record.decision))
+        alike = any(c.template == wanted.template and c.decision.keys() == wanted.decision.keys() for c in self.choices)
+        if self.position(record) is None and alike:
+            self.choices = [*self.choices, wanted]
+        self.start_from(record)
 
     def resume(self, record: Record) -> None:
         """Go on from an unfinished record of this very key: what it tried stays tried, its best is timed again."""

@@ -56,7 +56,7 @@ def _consult(task: Task, database: Database) -> None:
     if not task.hints:
         for neighbour in database.neighbours(task.key):
             if _is_current(neighbour):
-                task.start_from(neighbour)
+                task.borrow(neighbour)
 
 
 def _is_current(record: Record) -> bool:
