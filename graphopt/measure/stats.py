@@ -76,7 +76,7 @@ class LatencyStats:
 
     @property
     def p50_s(self) -> float:
-        return self.percentile_s(50)
+        return self.median_s  # not percentile_s(50), whose interpolation may round the last digit differently
 
     @property
     def p90_s(self) -> float:
