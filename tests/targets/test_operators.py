@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -65,7 +67,13 @@ def _sigmoid(x):
 
 @pytest.mark.parametrize(
     ("function", "exact", "ulps"),
-    [(elementwise.exp_of, np.exp, 1), (elementwise.tanh_of, np.tanh, 2), (elementwise.sigmoid_of, _sigmoid, 4)],
+    [
+        (elementwise.exp_of, np.exp, 1),
+        (elementwise.tanh_of, np.tanh, 2),
+        (partial(elementwise.tanh_of, divide=True), np.tanh, 2),
+        (elementwise.sigmoid_of, _sigmoid, 4),
+        (partial(elementwise.sigmoid_of, divide=True), _sigmoid, 4),
+    ],
 )
 def test_own_functions_to_the_last_places(function, exact, ulps):
     """Within a few units in the last place of float64's answer, over the whole range and near zero."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,16 @@ def activation(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     data = inputs[0]
     if data is None or data.shape is None or data.dtype != "float32":
         return None
+    divide = elementwise.divides(builder.lanes)
     function = {
         "LeakyRelu": lambda: elementwise.leaky_relu_of(float(node.get("alpha", 0.01))),
         "HardSigmoid": lambda: elementwise.hard_sigmoid_of(float(node.get("alpha", 0.2)), float(node.get("beta", 0.5))),
         "HardSwish": lambda: elementwise.hard_swish_of,
-        "Sigmoid": lambda: elementwise.sigmoid_of,
-        "Tanh": lambda: elementwise.tanh_of,
+        "Sigmoid": lambda: partial(elementwise.sigmoid_of, divide=divide),
+        "Tanh": lambda: partial(elementwise.tanh_of, divide=divide),
         "Exp": lambda: elementwise.exp_of,
         "Erf": lambda: elementwise.erf_of,
-        "Gelu": lambda: elementwise.gelu_tanh_of if _tanh_form(node) else elementwise.gelu_of,
+        "Gelu": lambda: partial(elementwise.gelu_tanh_of, divide=divide) if _tanh_form(node) else elementwise.gelu_of,
     }[node.op_type]()
     if node.op_type == "Exp" and data.has_filler:
         return None
