@@ -189,17 +189,21 @@ class Cpu(Target):
         from tvm.error import InternalError
 
         from graphopt.runtime import tvm_engine
-        from graphopt.targets.relax import link, pipeline
+        from graphopt.targets.relax import executable
 
         lowered = cast(LoweredModel, lowered)
         folder = Path(folder)
         try:
-            executable = pipeline.compile_module(
-                self.scheduled(lowered), self.tvm_target(), in_place="concat" not in self.switched_off
-            )
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
-            executable.export_library(str(fresh), fcompile=link.link_shared)
+            executable.export(
+                self.scheduled(lowered),
+                self.tvm_target(),
+                fresh,
+                arch=self._arch,
+                jobs=tvm_engine.available_processors(),
+                in_place="concat" not in self.switched_off,
+            )
             os.replace(fresh, library)
         except (InternalError, RuntimeError, ValueError) as error:
             raise _compile_error(error) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from graphopt.targets.cpu import Cpu
-from graphopt.targets.relax import pipeline
+from graphopt.targets.relax import executable
 
 EPSILON = float(np.finfo(np.float32).eps)
 TARGET = Cpu(threads=1)
@@ -62,18 +64,29 @@ def reference(made: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.n
 def compiled(made: ir.Model, feeds: Mapping[str, np.ndarray], target: Cpu = TARGET, decisions=None):
     """The compiled model's outputs; `decisions` overrides the default ones by kernel."""
     import tvm
-    from tvm import relax
 
     lowered = target.lower(made)
     if decisions:
         lowered.decisions.update(decisions)
-    executable = pipeline.compile_module(target.scheduled(lowered), target.tvm_target())
+    program = loaded(target.scheduled(lowered), target)
     tensors = [tvm.runtime.tensor(np.asarray(feeds[str(spec["name"])], order="C")) for spec in lowered.inputs]
-    processor: Any = tvm.cpu()
-    result: Any = relax.VirtualMachine(executable, processor)["main"](*tensors)
+    result: Any = program["main"](*tensors)
     names = [str(spec["name"]) for spec in lowered.outputs]
     arrays = [result.numpy()] if hasattr(result, "numpy") else [item.numpy() for item in result]
     return dict(zip(names, arrays, strict=True))
+
+
+def loaded(module, target: Cpu) -> Any:
+    """The virtual machine of a scheduled module, compiled into a library and opened."""
+    import tvm
+    from tvm import relax
+
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "model.so"
+        executable.export(module, target.tvm_target(), library, arch=target.capabilities.arch, jobs=2)
+        opened: Any = tvm.runtime.load_module(str(library))
+        processor: Any = tvm.cpu()
+        return relax.VirtualMachine(opened, processor)
 
 
 def agree(made: ir.Model, feeds: Mapping[str, np.ndarray], tolerance: float, target: Cpu = TARGET) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from graphopt.errors import TargetError
 from graphopt.targets import schedules
 from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules.workload import Workload
-from tests.targets.oracle import TARGET, model, node, uniform
+from tests.targets.oracle import TARGET, loaded, model, node, uniform
 
 
 def _two_convolutions():
@@ -26,11 +25,8 @@ def _two_convolutions():
 
 def _run(module, x):
     import tvm
-    from tvm import relax
 
-    processor: Any = tvm.cpu()
-    executable = pipeline.compile_module(module, TARGET.tvm_target())
-    return relax.VirtualMachine(executable, processor)["main"](tvm.runtime.tensor(x)).numpy()
+    return loaded(module, TARGET)["main"](tvm.runtime.tensor(x)).numpy()
 
 
 def _kernels(lowered, repack):

@@ -1,4 +1,4 @@
-"""From an imported Relax module to one whose every kernel is a scheduled PrimFunc, and on to machine code."""
+"""From an imported Relax module to one whose every kernel is a scheduled PrimFunc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import TargetError
-from graphopt.targets.relax import concat_in_place, long_expressions
+from graphopt.targets.relax import long_expressions
 from graphopt.targets.schedules.workload import Kernel
 
 
@@ -112,18 +112,3 @@ def repack_constants(module, kernels: Mapping[str, Kernel]):
     body = relax.SeqExpr(blocks, main.body.body)
     functions[module.get_global_var("main")] = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
     return tvm.IRModule(functions)
-
-
-def compile_module(module, target, in_place: bool = True):
-    """Machine code for a scheduled module: a `tvm.runtime.Executable`. `in_place`: concatenations without a copy."""
-    import tvm
-    from tvm.relax.backend.cpu_generic import pipeline as stock
-
-    @tvm.transform.module_pass(opt_level=0, name="ConcatInPlace")
-    def concatenate_in_place(module, _context):
-        return concat_in_place.place_parts(module) if in_place else module
-
-    passes = stock.library_dispatch_passes(target) + stock.dataflow_lower_passes(target)
-    passes += [concatenate_in_place, *stock.finalize_passes(target)]
-    with target, tvm.transform.PassContext(opt_level=3):
-        return tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential(passes))

@@ -73,12 +73,11 @@ def _exactly(stream: BinaryIO, count: int) -> bytes | None:
 
 def build(order: Order) -> Built:
     """Schedule, compile and link one candidate."""
-    import tvm
     from tvm.error import InternalError
     from tvm.s_tir.schedule import ScheduleError
 
     from graphopt.targets import schedules
-    from graphopt.targets.relax import link
+    from graphopt.targets.relax import executable, link
     from graphopt.targets.tuning.measure import parameters
 
     try:
@@ -86,9 +85,11 @@ def build(order: Order) -> Built:
         stray = sorted(set(kernel.repack) - set(order.constants))
         if stray:
             return Built(order.library, problem=f"argument {stray[0]} is no constant and cannot be repacked")
-        module = tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")})
-        with order.target, tvm.transform.PassContext(opt_level=3):
-            tvm.compile(module, target=order.target).export_library(order.library, fcompile=link.link_shared)
+        module = executable.compile_function(kernel.func.with_attr("global_symbol", "main"), order.target)
+        compiled = f"{order.library}.o"
+        module.write_to_file(compiled, "o")
+        link.link_shared(order.library, [compiled])
+        os.unlink(compiled)
         return Built(order.library, tuple(parameters(kernel.func, order.constants)))
     except (InternalError, ScheduleError, GraphoptError, RuntimeError, ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

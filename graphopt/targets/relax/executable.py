@@ -1,0 +1,93 @@
+"""Machine code for a scheduled module, made on all processors.
+
+TVM compiles a module in one thread. Here every kernel is a module of its own: threads lower it, generate its code and
+write its object file, and the linker joins them. TVM's passes and LLVM run outside Python's lock, so two threads take
+half the time. Bytecode and constants go into the library as they are (`blob_object`), not through LLVM.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graphopt.targets.relax import blob_object, concat_in_place, link
+
+
+def export(module, target, library: Path, *, arch: str, jobs: int, in_place: bool = True) -> None:
+    """Compile a scheduled module on `jobs` threads and write the shared library.
+
+    `in_place`: concatenations without a copy. Raises what TVM raises where a kernel cannot be compiled, TargetError
+    where linking fails, OSError where files cannot be written.
+    """
+    import tvm_ffi
+    from tvm import relax
+    from tvm.relax import vm_build
+
+    linked: Any = vm_build._ffi_api
+    with _compiling_for(target):
+        builder = relax.ExecBuilder()
+        rest = vm_build._vmcodegen(builder, _lowered(module, target, in_place))
+    kernels = vm_build._filter_tir(rest)
+    with tempfile.TemporaryDirectory(prefix="graphopt-build-") as folder:
+        built = [] if kernels is None else _compile(kernels, target, Path(folder), jobs)
+        # The program must import one compiled module, or its loader does not look for kernels in its own library.
+        program = linked.VMLink(builder, target, built[0][0] if built else None, [], {})
+        packed: Any = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")
+        constants = Path(folder) / "constants.o"
+        blob_object.write(packed(program).numpy(), arch, constants)
+        link.link_shared(library, [*(path for _, path in built), str(constants)])
+
+
+def compile_function(func, target) -> Any:
+    """One scheduled PrimFunc as a `tvm.runtime.Module`; its name there is that of its attribute `global_symbol`."""
+    import tvm
+
+    name = str(func.attrs["global_symbol"])
+    with _compiling_for(target):
+        return tvm.tirx.build(tvm.IRModule({name: func}), target=target)
+
+
+def _compile(kernels, target, folder: Path, jobs: int) -> list[tuple[Any, str]]:
+    """Each kernel's module and object file, in the order of names: the same library however many threads made it."""
+    functions = sorted(((g.name_hint, func) for g, func in kernels.functions.items()), key=lambda pair: pair[0])
+
+    def compile_one(index: int) -> tuple[Any, str]:
+        name, func = functions[index]
+        module = compile_function(func.with_attr("global_symbol", name), target)
+        path = str(folder / f"{index}.o")
+        module.write_to_file(path, "o")
+        return module, path
+
+    with ThreadPoolExecutor(max(jobs, 1), thread_name_prefix="compile") as pool:
+        waiting = [pool.submit(compile_one, index) for index in range(len(functions))]
+        try:
+            return [each.result() for each in waiting]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _lowered(module, target, in_place: bool):
+    """Calls of kernels with memory planned: what becomes the virtual machine's bytecode."""
+    import tvm
+    from tvm.relax.backend.cpu_generic import pipeline as stock
+
+    @tvm.transform.module_pass(opt_level=0, name="ConcatInPlace")
+    def concatenate_in_place(module, _context):
+        return concat_in_place.place_parts(module) if in_place else module
+
+    passes = stock.library_dispatch_passes(target) + stock.dataflow_lower_passes(target)
+    passes += [concatenate_in_place, *stock.finalize_passes(target)]
+    return tvm.transform.Sequential(passes)(module)
+
+
+@contextmanager
+def _compiling_for(target):
+    """TVM's context of this thread."""
+    import tvm
+
+    with target, tvm.transform.PassContext(opt_level=3):
+        yield
