@@ -191,9 +191,10 @@ def test_candidates_that_cannot_be_built_are_skipped(tmp_path, quick, monkeypatc
 
     def wrong_first(workload):
         space = real(workload)
-        return None if space is None else [{"columns": 5, "outs": 1, "order": "weights"}, *space]  # 5 divides no row
+        return None if space is None else [{"columns": 5, "outs": 1, "order": "weights"}, *space]  # lacks rows
 
     monkeypatch.setattr(conv2d_blocked, "match", wrong_first)
+    monkeypatch.setattr(conv2d_blocked, "predicted_cycles", lambda workload, decision: 0.0)
     notes = []
     monkeypatch.setattr(type(SILENT), "note", lambda self, text: notes.append(text))
     lowered = TARGET.lower(made)
@@ -250,7 +251,7 @@ def test_another_target_shares_nothing_another_thread_count_a_first_guess(tmp_pa
     path = tmp_path / "db.jsonl"
     TARGET.tune(TARGET.lower(made), seconds=60, database=path)
     database = Database(path)
-    other = Cpu(mcpu="x86-64-v3", threads=1)
+    other = Cpu(mcpu="x86-64-v2", threads=1)
     assert other.tune(other.lower(made), seconds=0, database=path).from_database == 0
     assert not any(each.hints for each in _tasks(database, other))
     more = Cpu(threads=2)

@@ -56,13 +56,28 @@ class Choice:
 def choices(workload: Workload) -> list[Choice]:
     """Every decision of every template that matches, in turns, so that the first few hold each template's best guess.
 
-    Templates named in `workload.machine.without` are left out.
+    The order of templates is that of `TEMPLATES`, but those that predict their cycles (`predicted_cycles(workload,
+    decision)`) stand in the order of what they predict, in the places they have among themselves. Templates named in
+    `workload.machine.without` are left out.
     """
     without = workload.machine.without
     spaces = [(t.NAME, t.match(workload) or []) for t in TEMPLATES if t.NAME not in without]
+    spaces = _by_prediction(workload, [(name, space) for name, space in spaces if space])
     longest = max((len(space) for _, space in spaces), default=0)
     found = [Choice(name, space[i]) for i in range(longest) for name, space in spaces if i < len(space)]
     return found or [Choice(generic.NAME, decision) for decision in generic.match(workload)]
+
+
+def arithmetic_share(choice: Choice) -> float:
+    """Multiplications of a choice's template as a share of those that a workload's direct form has; 1 for most."""
+    return getattr(template_named(choice.template), "ARITHMETIC", 1.0)
+
+
+def _by_prediction(workload: Workload, spaces: list[tuple[str, list[Decision]]]) -> list[tuple[str, list[Decision]]]:
+    places = [i for i, (name, _) in enumerate(spaces) if hasattr(template_named(name), "predicted_cycles")]
+    ranked = sorted(places, key=lambda i: template_named(spaces[i][0]).predicted_cycles(workload, spaces[i][1][0]))
+    order = dict(zip(places, ranked, strict=True))
+    return [spaces[order.get(i, i)] for i in range(len(spaces))]
 
 
 def schedule(workload: Workload, choice: Choice) -> Kernel:

@@ -126,6 +126,17 @@ def _orders(window: Window, runs: tuple[list[Run], list[Run], list[Run]]) -> lis
     return found
 
 
+def predicted_cycles(workload: Workload, decision: Decision) -> float:
+    """Of one image, on one core: comparable with the other templates' predictions."""
+    window = Window.of(workload.blocks["conv2d"])
+    runs = (
+        window.rows.runs(decision["rows"]),
+        window.columns.runs(decision["columns"], clip=False),
+        _outs(window).runs(decision["outs"]),
+    )
+    return _cycles(window, workload, runs, decision["panel"], decision["order"])
+
+
 def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) -> float:
     """Predicted cycles of one image."""
     vectors = max(window.out_lanes // workload.machine.lanes, 1)

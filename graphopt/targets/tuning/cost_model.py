@@ -36,10 +36,12 @@ class Roofline:
 
     rates: dict[str, float] = field(default_factory=dict)
 
-    def observe(self, cost: Cost, time_us: float) -> None:
-        self.rates[cost.kind] = max(self.rates.get(cost.kind, 0.0), cost.macs / max(time_us, 1e-3))
+    def observe(self, cost: Cost, time_us: float, share: float = 1.0) -> None:
+        """Take in a measured kernel that does `share` of its multiply-accumulates (Winograd does fewer)."""
+        self.rates[cost.kind] = max(self.rates.get(cost.kind, 0.0), share * cost.macs / max(time_us, 1e-3))
 
-    def bound_us(self, cost: Cost) -> float:
-        """A time this kernel will hardly beat; 0 before anything of its kind was seen."""
+    def bound_us(self, cost: Cost, share: float = 1.0) -> float:
+        """A time this kernel will hardly beat with `share` of its arithmetic; 0 before anything of its kind was
+        seen."""
         rate = self.rates.get(cost.kind)
-        return max(cost.macs / rate, cost.traffic_us()) if rate else 0.0
+        return max(share * cost.macs / rate, cost.traffic_us()) if rate else 0.0

@@ -77,7 +77,7 @@ class Search:
         stopped = False
         for task in self.tasks:
             if task.known is not None:
-                self.roofline.observe(task.cost, task.known.time_us)
+                self.roofline.observe(task.cost, task.known.time_us, schedules.arithmetic_share(task.choice))
         waiting = self._unfinished(self.tasks)
         try:
             if seconds > 0 and waiting:
@@ -157,7 +157,7 @@ class Search:
             self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({_last_line(error)})")
             return
         task.settle(position, time_us, best_us, run)
-        self.roofline.observe(task.cost, task.times[task.best])
+        self.roofline.observe(task.cost, task.times[task.best], schedules.arithmetic_share(task.choice))
 
     def _record_all(self) -> None:
         for task in self.tasks:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.targets import schedules
 from graphopt.targets.schedules import Choice
 from graphopt.targets.schedules.workload import Workload
 from graphopt.targets.tuning.cost_model import Cost, Roofline
@@ -77,8 +78,15 @@ class Task:
         hope = _HOPE ** (self.fruitless + len(self.pending))
         if self.time_us is None or not self.times:
             return 1e9 * hope + self.calls * self.cost.macs * 1e-6
-        headroom = max(self.time_us - roofline.bound_us(self.cost), 0.03 * self.time_us)
+        bound_us = roofline.bound_us(self.cost, self._arithmetic())
+        headroom = max(self.time_us - bound_us, 0.03 * self.time_us)
         return self.calls * headroom * hope
+
+    def _arithmetic(self) -> float:
+        """The share of the direct method's arithmetic that the next candidate's template needs."""
+        if len(self.tried) == len(self.choices):
+            return 1.0
+        return schedules.arithmetic_share(self.choices[self.next_position()])
 
     def finished(self, roofline: Roofline, run_us: float = 0.0) -> bool:
         """True when no further candidate is worth a trial in a model whose run takes `run_us`."""
@@ -86,7 +94,8 @@ class Task:
             return True
         if self._first_guesses():
             return False
-        near = self.time_us is not None and self.time_us <= 1.04 * roofline.bound_us(self.cost)
+        bound_us = roofline.bound_us(self.cost, self._arithmetic())
+        near = self.time_us is not None and self.time_us <= 1.04 * bound_us
         little = self.priority(roofline) < WORTH_OF_RUN * run_us
         return self.fruitless + len(self.pending) >= (PATIENCE_AT_BOUND if near or little else PATIENCE)
 
