@@ -4,11 +4,11 @@
     python benchmarks/ablation.py MODEL.onnx... [--threads 1] [--tune-seconds 20] [--ideas winograd prefetch ...]
                                   [--precision float32] [--database schedules.jsonl]
 
-Ideas: `winograd`; `prefetch` (of weights); `fusion` (of bias, activation, residual into the kernel
-before); `tuning` (first guesses instead of measured decisions); `templates` (TVM's loops as they come, with the generic
-schedule only: what all templates together bring). Each variant is tuned by itself. All variants of a model then take
-turns in one process; a cell is the median of the rounds in milliseconds and, in brackets, its ratio to everything on,
-taken round by round: above 1 the idea helps.
+Ideas: `winograd`; `prefetch` (of weights); `fusion` (of bias, activation, residual into the kernel before); `concat`
+(its parts written in place); `tuning` (first guesses instead of measured decisions); `templates` (TVM's loops as they
+come, with the generic schedule only: what all templates together bring). Each variant is tuned by itself. All
+variants of a model then take turns in one process; a cell is the median of the rounds in milliseconds and, in
+brackets, its ratio to everything on, taken round by round: above 1 the idea helps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from graphopt.runtime.tvm_engine import TvmEngine
 from graphopt.targets import schedules
 from graphopt.targets.cpu import Cpu
 
-IDEAS = ("winograd", "prefetch", "fusion", "tuning", "templates")
+IDEAS = ("winograd", "prefetch", "fusion", "concat", "tuning", "templates")
 ROUNDS = 9
 ROUND_S = 0.05
 

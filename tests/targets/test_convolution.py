@@ -96,25 +96,34 @@ def test_grouped(groups, ins, outs, batch, size, stride, after_conv):
 
 @CASES
 @given(
-    channels=st.sampled_from([1, 3, 16, 20]),
-    outs=st.sampled_from([2, 16, 24]),
+    groups=st.sampled_from([1, 1, 2, 3]),
+    channels=st.sampled_from([1, 3, 8, 16]),
+    outs=st.sampled_from([1, 2, 16, 24]),
     size=st.tuples(st.integers(2, 7), st.integers(2, 7)),
-    kernel=st.sampled_from([(2, 2), (3, 3), (4, 3)]),
+    kernel=st.sampled_from([(1, 1), (2, 2), (3, 3), (4, 3), (4, 4), (5, 2)]),
     strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    pad=st.integers(0, 1),
+    pads=st.tuples(*[st.integers(0, 1)] * 4),
     extra=st.booleans(),
 )
-def test_transposed(channels, outs, size, kernel, strides, pad, extra):
-    x = uniform(1, 1, channels, *size)
-    constants = {"w": uniform(2, channels, outs, *kernel), "b": uniform(3, outs)}
-    more = [int(extra and s > 1) for s in strides]
-    made = model(
-        [node("ConvTranspose", ["x", "w", "b"], ["y"], strides=strides, pads=[pad] * 4, output_padding=more)],
-        {"x": x},
-        ["y"],
-        constants,
-    )
+def test_transposed(groups, channels, outs, size, kernel, strides, pads, extra):
+    assume(all((size[a] - 1) * strides[a] + kernel[a] > pads[a] + pads[a + 2] for a in range(2)))
+    x = uniform(1, 1, groups * channels, *size)
+    constants = {"w": uniform(2, groups * channels, outs, *kernel), "b": uniform(3, groups * outs)}
+    window = {"strides": strides, "pads": pads, "output_padding": [int(extra and s > 1) for s in strides]}
+    made = model([node("ConvTranspose", ["x", "w", "b"], ["y"], group=groups, **window)], {"x": x}, ["y"], constants)
     agree(made, {"x": x}, sum_tolerance(channels * kernel[0] * kernel[1]))
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_a_transposed_convolution_multiplies_no_zeros(groups):
+    """Four phases of 2x2 taps, not one of 4x4 over an input spread with zeros."""
+    x = uniform(1, 1, 16, 5, 5)
+    constants = {"w": uniform(2, 16, 16 // groups, 4, 4)}
+    window = {"strides": [2, 2], "pads": [1, 1, 1, 1], "group": groups}
+    made = model([node("ConvTranspose", ["x", "w"], ["y"], **window)], {"x": x}, ["y"], constants)
+    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
+    assert not any("dilate" in name for name in names)
+    assert any("interleave" in name for name in names)
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])

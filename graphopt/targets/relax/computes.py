@@ -253,7 +253,8 @@ def concat_lanes(*parts, channels: Sequence[int], block: int):
 
 
 def dilate(data, *, size: tuple[int, int], strides: tuple[int, int]):
-    """Blocked activations with `strides - 1` zeros between neighbours: how a transposed convolution reads its input."""
+    """Blocked activations with `strides - 1` zeros between neighbours: what a transposed convolution with a dilated
+    kernel reads."""
     from tvm import te, tirx
 
     batch, blocks, _, lanes = _dims(data)
@@ -267,6 +268,62 @@ def dilate(data, *, size: tuple[int, int], strides: tuple[int, int]):
         return tirx.if_then_else(there, data[n, c, (y // s_h) * width + x // s_w, v], zero)
 
     return te.compute((batch, blocks, high * wide, lanes), cell, name="dilate")
+
+
+def interleave(*parts, size: tuple[int, int], strides: tuple[int, int]):
+    """Blocked activations whose cell (y, x) is that of part (y % s_h, x % s_w): the phases of a transposed convolution.
+
+    Part (p, q), the (p * s_w + q)-th, holds the rows y and columns x of `size` with y % s_h == p and x % s_w == q.
+    """
+    from tvm import te, tirx
+
+    batch, blocks, _, lanes = _dims(parts[0])
+    (height, width), (s_h, s_w) = size, strides
+
+    def cell(n, c, p, v):
+        y, x = p // width, p % width
+        found = None
+        for i, part in reversed(list(enumerate(parts))):
+            row, column = i // s_w, i % s_w
+            here = part[n, c, (y // s_h) * len(range(column, width, s_w)) + x // s_w, v]
+            there = tirx.all(y % s_h == row, x % s_w == column)
+            found = here if found is None else tirx.if_then_else(there, here, found)
+        return found
+
+    return te.compute((batch, blocks, height * width, lanes), cell, name="interleave")
+
+
+def gather_cells(data, rows, columns, *, width: int):
+    """Blocked activations (N, C / b, H * W, b) at `rows` x `columns` (int32 vectors) of pictures `width` wide."""
+    from tvm import te
+
+    batch, blocks, _, lanes = _dims(data)
+    (high,), (wide,) = _dims(rows), _dims(columns)
+
+    def cell(n, c, p, v):
+        return data[n, c, rows[p // wide] * width + columns[p % wide], v]
+
+    return te.compute((batch, blocks, high * wide, lanes), cell, name="gather_cells")
+
+
+def blend_cells(data, tops, bottoms, down, lefts, rights, along, *, width: int):
+    """Bilinear interpolation of blocked activations between rows `tops` and `bottoms`, columns `lefts` and `rights`
+    (int32 vectors); `down` and `along` (float32) say how far towards the second of each."""
+    from tvm import te
+
+    batch, blocks, _, lanes = _dims(data)
+    (high,), (wide,) = _dims(tops), _dims(lefts)
+
+    def cell(n, c, p, v):
+        y, x = p // wide, p % wide
+        near, far = (
+            _computed(data[n, c, row * width + lefts[x], v], data.dtype) * (1.0 - along[x])
+            + _computed(data[n, c, row * width + rights[x], v], data.dtype) * along[x]
+            for row in (tops[y], bottoms[y])
+        )
+        return near * (1.0 - down[y]) + far * down[y]
+
+    return te.compute((batch, blocks, high * wide, lanes), cell, name="blend_cells")
 
 
 def _computed(x, dtype: str):

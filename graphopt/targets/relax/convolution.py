@@ -8,7 +8,7 @@ import numpy as np
 
 from graphopt.targets.relax import computes
 from graphopt.targets.relax.emitters import Inputs, Node, emits, is_float_image, output_size, pads_of
-from graphopt.targets.relax.values import FUSABLE_ROOT, INJECTIVE, Builder, Value
+from graphopt.targets.relax.values import FUSABLE_ROOT, Builder, Value
 
 
 @emits("Conv")
@@ -24,7 +24,7 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         planes = (*data.shape[:2], 1, data.shape[2])
         flat = Value(planes, data.dtype)
         flat.plain = builder.reshape(builder.plain(data), planes)
-        found = _conv(builder, _lift(node), flat, kernel[:, :, None, :], bias)
+        found = dense_or_grouped(builder, _lift(node), flat, kernel[:, :, None, :], bias)
         if found is None:
             return None
         batch, channels, _, width = found.shape  # type: ignore[misc]
@@ -32,7 +32,7 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return [Value((batch, channels, width), data.dtype, plain=narrow)]
     if len(data.shape) != 4:
         return None
-    found = _conv(builder, node, data, kernel, bias)
+    found = dense_or_grouped(builder, node, data, kernel, bias)
     return None if found is None else [found]
 
 
@@ -47,7 +47,9 @@ def _lift(node: Node) -> Node:
     return Node(node.name, node.op_type, attributes, node.opset, node.outputs)
 
 
-def _conv(builder: Builder, node: Node, data: Value, kernel: np.ndarray, bias: Value | None) -> Value | None:
+def dense_or_grouped(builder: Builder, node: Node, data: Value, kernel: np.ndarray, bias: Value | None) -> Value | None:
+    """A two-dimensional convolution with the attributes of `node` (group, strides, dilations, pads) and a constant
+    kernel (M, C / groups, kH, kW)."""
     assert data.shape is not None
     batch, channels, height, width = data.shape
     groups = int(node.get("group", 1))
@@ -154,37 +156,6 @@ def _add_channels(builder: Builder, value: Value, addend: np.ndarray):
 
     constant = block_array(addend.reshape(1, -1, 1, 1).astype(np.float32), value.block)
     return builder.emit(relax.op.add(value.blocked, builder.constant(constant)))
-
-
-@emits("ConvTranspose")
-def conv_transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
-    data, weight, bias = inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None
-    if not is_float_image(data) or weight is None or weight.const is None or int(node.get("group", 1)) != 1:
-        return None
-    if (bias is not None and bias.const is None) or node.get("auto_pad", b"NOTSET") not in (b"NOTSET", "NOTSET"):
-        return None
-    assert data is not None and data.shape is not None
-    if "output_shape" in node.attributes:
-        return None
-    kernel = np.ascontiguousarray(weight.const[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))
-    strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
-    extra = tuple(node.get("output_padding", (0, 0)))
-    top, left, bottom, right = node.get("pads", (0, 0, 0, 0))
-    reach = [(kernel.shape[2 + a] - 1) * dilations[a] for a in range(2)]
-    pads = (reach[0] - top, reach[1] - left, reach[0] - bottom + extra[0], reach[1] - right + extra[1])
-    if min(pads) < 0:
-        return None
-    batch, channels, height, width = data.shape
-    source = data
-    if strides != (1, 1):
-        spread = builder.call(
-            computes.dilate, builder.blocked(data), size=(height, width), strides=strides, pattern=INJECTIVE
-        )
-        size = ((height - 1) * strides[0] + 1, (width - 1) * strides[1] + 1)
-        source = Value((batch, channels, *size), "float32", blocked=spread, block=data.block)
-    plain_node = Node(node.name, "Conv", {"pads": pads, "dilations": dilations}, node.opset, 1)
-    found = _conv(builder, plain_node, source, kernel, bias)
-    return None if found is None else [found]
 
 
 @emits("BatchNormalization")

@@ -25,11 +25,20 @@ import onnx.inliner
 import onnx_ir as ir
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
-from graphopt.targets.relax import bfloat16, constants, convolution, normalization, operators, views
+from graphopt.targets.relax import (
+    bfloat16,
+    constants,
+    conv_transpose,
+    convolution,
+    normalization,
+    operators,
+    resize,
+    views,
+)
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.values import Builder, Value, element_type
 
-_ = (convolution, normalization, operators, views)  # importing them fills EMITTERS
+_ = (convolution, conv_transpose, normalization, operators, resize, views)  # importing them fills EMITTERS
 _DTYPES = frozenset(
     ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 )
