@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from graphopt.targets import schedules
 from graphopt.targets.cpu import Cpu
 from graphopt.targets.relax import pipeline
-from graphopt.targets.relax.convolution import merge_groups
+from graphopt.targets.relax.grouping import merge_groups
 from graphopt.targets.schedules.workload import Workload
 from tests.targets.oracle import TARGET, agree, close, compiled, model, node, reference, sum_tolerance, uniform
 
@@ -112,6 +112,13 @@ def test_transposed(groups, channels, outs, size, kernel, strides, pads, extra):
     window = {"strides": strides, "pads": pads, "output_padding": [int(extra and s > 1) for s in strides]}
     made = model([node("ConvTranspose", ["x", "w", "b"], ["y"], group=groups, **window)], {"x": x}, ["y"], constants)
     agree(made, {"x": x}, sum_tolerance(channels * kernel[0] * kernel[1]))
+
+
+def test_a_dilated_transposed_convolution_of_stride_one_dilates_once():
+    x = uniform(1, 1, 4, 5, 6)
+    window = {"dilations": [2, 1], "pads": [0, 1, 0, 1]}
+    made = model([node("ConvTranspose", ["x", "w"], ["y"], **window)], {"x": x}, ["y"], {"w": uniform(2, 4, 3, 3, 3)})
+    agree(made, {"x": x}, sum_tolerance(36))
 
 
 @pytest.mark.parametrize("groups", [1, 16])

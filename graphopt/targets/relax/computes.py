@@ -25,6 +25,7 @@ WINDOW = "graphopt.window"
 dilations (2), groups (blocks of channels where these do not mix)."""
 PARTS = "graphopt.parts"
 """Block annotation of `concat_lanes`: the channels of each part."""
+BYTES = ("uint8", "int8")
 COLUMNS = "graphopt.columns"
 """Block annotation: columns of the packed weight's block."""
 
@@ -51,7 +52,7 @@ def conv2d(
     out_blocks, in_blocks, k_h, k_w, lanes_in, lanes = _dims(weight)
     kernel = (k_h, k_w)
     out_h, out_w = out_size
-    padded = _padded(data, size, pads, 0.0)
+    frame = padded(data, size, pads, 0.0)
     per_group = out_blocks // groups
     ico = te.reduce_axis((0, in_blocks), "ico")
     ici = te.reduce_axis((0, lanes_in), "ici")
@@ -60,9 +61,9 @@ def conv2d(
 
     def cell(n, o, p, v):
         block = ico if groups == 1 else (o // per_group) * in_blocks + ico
-        y, x = _position(p, out_w, strides, dilations, kh, kw)
+        y, x = position(p, out_w, strides, dilations, kh, kw)
         return te.sum(
-            widen(padded(n, block, y, x, ici)) * widen(weight[o, ico, kh, kw, ici, v]), axis=[ico, kh, ici, kw]
+            widen(frame(n, block, y, x, ici)) * widen(weight[o, ico, kh, kw, ici, v]), axis=[ico, kh, ici, kw]
         )
 
     dense = kernel == (1, 1) and strides == (1, 1) and not any(pads)
@@ -86,19 +87,24 @@ def depthwise(
     pads: tuple[int, int, int, int],
     dilations: tuple[int, int],
     out_size: tuple[int, int],
+    zero_point: int = 0,
 ):
-    """Depthwise convolution (one filter a channel): data (N, C / b, H * W, b), weight (C / b, kH, kW, b)."""
+    """Depthwise convolution (one filter a channel): data (N, C / b, H * W, b), weight (C / b, kH, kW, b).
+
+    Bytes are multiplied as float32 after their zero point is taken away: exact, as long as a window has no more than
+    500 positions.
+    """
     from tvm import te
 
     batch, blocks, _, lanes = _dims(data)
     _, k_h, k_w, _ = _dims(weight)
-    padded = _padded(data, size, pads, 0.0)
+    frame = padded(data, size, pads, zero_point)
     kh = te.reduce_axis((0, k_h), "kh")
     kw = te.reduce_axis((0, k_w), "kw")
 
     def cell(n, c, p, v):
-        y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-        return te.sum(widen(padded(n, c, y, x, v)) * weight[c, kh, kw, v], axis=[kh, kw])
+        y, x = position(p, out_size[1], strides, dilations, kh, kw)
+        return te.sum(number(frame(n, c, y, x, v), zero_point) * weight[c, kh, kw, v], axis=[kh, kw])
 
     shape = (batch, blocks, out_size[0] * out_size[1], lanes)
     described = [*size, *out_size, *strides, *pads[:2], *dilations, blocks]
@@ -116,8 +122,12 @@ def pool2d(
     dilations: tuple[int, int],
     out_size: tuple[int, int],
     count_include_pad: bool = False,
+    zero_point: int = 0,
 ):
-    """Max or average pooling on blocked activations; `pads` already covers ceil mode's extra columns."""
+    """Max or average pooling on blocked activations; `pads` already covers ceil mode's extra columns.
+
+    The average of bytes is that of their differences from `zero_point`; sums of up to 65 000 are exact.
+    """
     from tvm import te, tirx
 
     batch, blocks, _, lanes = _dims(data)
@@ -127,18 +137,18 @@ def pool2d(
     described = {ROW: out_size[1], WINDOW: [*size, *out_size, *strides, *pads[:2], *dilations, blocks]}
     if kind == "max":
         lowest = _lowest(str(data.dtype))
-        padded = _padded(data, size, pads, lowest)
+        frame = padded(data, size, pads, lowest)
 
         def largest(n, c, p, v):
-            y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-            return te.max(_computed(padded(n, c, y, x, v), str(data.dtype)), axis=[kh, kw])
+            y, x = position(p, out_size[1], strides, dilations, kh, kw)
+            return te.max(_computed(frame(n, c, y, x, v), str(data.dtype)), axis=[kh, kw])
 
         return te.compute(out_shape, largest, name="window_max", attrs=described)
-    padded = _padded(data, size, pads, 0.0)
+    frame = padded(data, size, pads, zero_point)
 
     def total(n, c, p, v):
-        y, x = _position(p, out_size[1], strides, dilations, kh, kw)
-        return te.sum(widen(padded(n, c, y, x, v)), axis=[kh, kw])
+        y, x = position(p, out_size[1], strides, dilations, kh, kw)
+        return te.sum(number(frame(n, c, y, x, v), zero_point), axis=[kh, kw])
 
     sums: Any = te.compute(out_shape, total, name="window_sum", attrs=described)
     area = kernel[0] * kernel[1]
@@ -158,14 +168,16 @@ def pool2d(
     )
 
 
-def spatial_sum(data, *, mean: bool):
-    """Sum or mean over H * W of blocked activations -> (N, C / b, 1, b)."""
+def spatial_sum(data, *, mean: bool, zero_point: int = 0):
+    """Sum or mean over H * W of blocked activations, or of bytes less `zero_point` -> (N, C / b, 1, b)."""
     from tvm import te
 
     batch, blocks, area, lanes = _dims(data)
     p = te.reduce_axis((0, area), "p")
     total: Any = te.compute(
-        (batch, blocks, 1, lanes), lambda n, c, one, v: te.sum(widen(data[n, c, p, v]), axis=p), name="spatial_sum"
+        (batch, blocks, 1, lanes),
+        lambda n, c, one, v: te.sum(number(data[n, c, p, v], zero_point), axis=p),
+        name="spatial_sum",
     )
     if not mean:
         return total
@@ -326,6 +338,14 @@ def blend_cells(data, tops, bottoms, down, lefts, rights, along, *, width: int):
     return te.compute((batch, blocks, high * wide, lanes), cell, name="blend_cells")
 
 
+def number(x, zero_point: int = 0):
+    """An element in float32: bfloat16 widened, a byte less its zero point."""
+    if str(x.dtype) not in BYTES:
+        return widen(x)
+    whole: Any = x.astype("int32")
+    return (whole - zero_point if zero_point else whole).astype("float32")
+
+
 def _computed(x, dtype: str):
     """An element as it is computed with: bfloat16 in float32, integers as they are."""
     return widen(x) if dtype == DTYPE else x
@@ -342,7 +362,7 @@ def _dims(tensor) -> tuple[int, ...]:
     return tuple(int(d) for d in tensor.shape)
 
 
-def _padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
+def padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
     """A reader `(n, block, y, x, lane)` of the padded picture; no copy where there is nothing to pad."""
     from tvm import te, tirx
 
@@ -356,9 +376,9 @@ def _padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
         inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
         return tirx.if_then_else(inside, data[n, c, (y - top) * width + x - left, v], tirx.const(filler, data.dtype))
 
-    padded: Any = te.compute((batch, blocks, height + top + bottom, width + left + right, lanes), cell, name="pad")
-    return lambda n, c, y, x, v: padded[n, c, y, x, v]
+    framed: Any = te.compute((batch, blocks, height + top + bottom, width + left + right, lanes), cell, name="pad")
+    return lambda n, c, y, x, v: framed[n, c, y, x, v]
 
 
-def _position(p, out_w: int, strides, dilations, kh, kw):
+def position(p, out_w: int, strides, dilations, kh, kw):
     return p // out_w * strides[0] + kh * dilations[0], p % out_w * strides[1] + kw * dilations[1]

@@ -88,12 +88,13 @@ def conv_transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
     high, wide = axes[0].phases(), axes[1].phases()
     if high is None or wide is None:
         return _over_spread_input(builder, node, data, kernel, bias, axes)
+    dilations = (axes[0].dilation, axes[1].dilation)  # 1 along an axis with several phases
     parts = []
     for row in high:
         for column in wide:
             taps = np.ascontiguousarray(kernel[:, :, row.taps, column.taps])
             pads = (row.before, column.before, row.after, column.after)
-            part = dense_or_grouped(builder, _plain(node, pads), data, taps, bias)
+            part = dense_or_grouped(builder, _plain(node, pads, dilations), data, taps, bias)
             if part is None:
                 return None
             parts.append(part)
@@ -129,7 +130,7 @@ def _over_spread_input(
     return None if found is None else [found]
 
 
-def _plain(node: Node, pads: tuple[int, int, int, int], dilations: Pair = (1, 1)) -> Node:
+def _plain(node: Node, pads: tuple[int, int, int, int], dilations: Pair) -> Node:
     attributes = {"pads": pads, "dilations": dilations, "group": int(node.get("group", 1))}
     return Node(node.name, "Conv", attributes, node.opset, 1)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes
+from graphopt.targets.relax import computes, integer_layers
 from graphopt.targets.relax.emitters import Inputs, Node, emits, is_float_image, output_size, pads_of
+from graphopt.targets.relax.grouping import merge_groups
 from graphopt.targets.relax.values import FUSABLE_ROOT, Builder, Value
 
 
@@ -19,6 +20,9 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     if bias is not None and bias.const is None:
         return None
+    found = integer_layers.convolution(builder, node, data, weight, bias)
+    if found is not None:
+        return [found]
     kernel = weight.const
     if len(data.shape) == 3:  # one-dimensional: the same with a height of one
         planes = (*data.shape[:2], 1, data.shape[2])
@@ -102,35 +106,6 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
     )
 
 
-def merge_groups(kernel: np.ndarray, groups: int, lanes_in: int, lanes_out: int) -> tuple[np.ndarray, int]:
-    """Neighbouring groups as one whose channels fill whole blocks, with zeros where channels do not meet.
-
-    (M, C / groups, kH, kW) -> (M', C' / fewer, kH, kW) and `fewer`, with M' and C' up to the end of the last block.
-    Groups of 4 channels in blocks of 16 do four times the arithmetic, a vector at a time. Where no number of groups
-    fills whole blocks, all become one.
-    """
-    outs, ins = kernel.shape[0] // groups, kernel.shape[1]
-
-    def fits(merged: int) -> bool:
-        """Merged groups are whole blocks, and end with the last block of the images."""
-        return all(
-            merged * each % lanes == 0 and -(-groups // merged) * merged * each == -(-groups * each // lanes) * lanes
-            for each, lanes in ((outs, lanes_out), (ins, lanes_in))
-        )
-
-    merged = next((m for m in range(1, groups) if fits(m)), groups)
-    if merged == 1:
-        return kernel, groups
-    fewer = -(-groups // merged)
-    split = np.zeros((fewer * merged, outs, ins, *kernel.shape[2:]), kernel.dtype)
-    split[:groups] = kernel.reshape(groups, outs, ins, *kernel.shape[2:])
-    split = split.reshape(fewer, merged, outs, ins, *kernel.shape[2:])
-    wide = np.zeros((fewer, merged, outs, merged, ins, *kernel.shape[2:]), kernel.dtype)
-    for i in range(merged):
-        wide[:, i, :, i] = split[:, i]
-    return wide.reshape(fewer * merged * outs, merged * ins, *kernel.shape[2:]), fewer
-
-
 def pack_conv_weight(kernel: np.ndarray, lanes_in: int, lanes_out: int) -> np.ndarray:
     """(M, C / groups, kH, kW) -> (M / ocb, C / groups / icb, kH, kW, icb, ocb), zeros for padded channels."""
     out_channels, channels, k_h, k_w = kernel.shape
@@ -171,7 +146,9 @@ def batch_norm(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     shift = beta - mean * scale
     source = builder.wide(data)
     factor = Value((1, scale.size, 1, 1), "float32", const=scale.astype(np.float32).reshape(1, -1, 1, 1))
-    scaled = builder.emit(relax.op.multiply(source, builder.operand(factor, data)))
+    factors = builder.operand(factor, data)
+    assert factors is not None
+    scaled = builder.emit(relax.op.multiply(source, factors.expression))
     value = Value(data.shape, "float32", blocked=scaled, block=data.block)
     value.blocked = _add_channels(builder, value, shift.astype(np.float32))
     return [value]

@@ -192,15 +192,21 @@ def hard_swish_of(x):
 
 
 def quantize_of(scale: float, zero_point: int, dtype: str) -> Callable:
-    """ONNX QuantizeLinear: divide, round half to even, shift, saturate."""
+    """ONNX QuantizeLinear to an integer of at most 16 bits: scale, round half to even, shift, saturate.
+
+    It multiplies by the reciprocal: a quotient within half a unit in the last place of a tie may round the other way.
+    Saturated first, the number is rounded by adding `_ROUND`; the sum's low bits are the integer.
+    """
     info = np.iinfo(dtype)
+    inverse = np.float32(1) / np.float32(scale)
 
     def apply(x):
         from tvm import tirx
 
-        level: Any = tirx.nearbyint(x / _f(scale)) + _f(zero_point)
-        bounded: Any = tirx.max(tirx.min(level, _f(info.max)), _f(info.min))
-        return bounded.astype("int32").astype(dtype)
+        level = x * _f(inverse) if np.isfinite(inverse) else x / _f(scale)
+        bounded: Any = tirx.max(tirx.min(level, _f(info.max - zero_point)), _f(info.min - zero_point))
+        bits: Any = tirx.reinterpret("int32", bounded + _f(_ROUND))
+        return (bits + zero_point if zero_point else bits).astype(dtype)
 
     return apply
 

@@ -27,11 +27,14 @@ import onnx_ir as ir
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.targets.relax import (
     bfloat16,
+    byte_moves,
     constants,
     conv_transpose,
     convolution,
+    integer_layers,
     normalization,
     operators,
+    qoperators,
     resize,
     views,
 )
@@ -67,6 +70,11 @@ def import_model(model: ir.Model, lanes: int, precision: str = "float32"):
     proto = ir.to_proto(model)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    if any("Q" in node.op_type or "Dequantize" in node.op_type for node in proto.graph.node):
+        quantized = ir.from_proto(proto)
+        qoperators.rewrite(quantized)
+        byte_moves.rewrite(quantized)
+        proto = ir.to_proto(quantized)
     _check_operators(proto)
     return _Importer(proto, lanes, precision).run()
 
@@ -152,6 +160,8 @@ class _Importer:
         found = constants.fold(node, [None if v is None else v.const for v in inputs], self.opset)
         if found is None:
             return None
+        if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32:
+            return [_integers(node, inputs, found[0])]
         arrays = iter(found)
         return [_constant(next(arrays)) if name else Value(None, "float32") for name in node.output]
 
@@ -268,6 +278,16 @@ def _leads_to(node: Any, last: Any, consumers: Mapping[str, list[onnx.NodeProto 
             return False
         node = readers[0]
     return True
+
+
+def _integers(node: onnx.NodeProto, inputs: list[Value | None], array: np.ndarray) -> Value:
+    """A dequantized constant, with the integers it came from."""
+    stored, scale, zero_point = (None if v is None else v.const for v in [*inputs, None][:3])
+    assert stored is not None and scale is not None
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    if zero_point is None:
+        zero_point = np.zeros(1, stored.dtype)
+    return integer_layers.Integers(array, stored, scale, zero_point, axis)
 
 
 def _constant(array: np.ndarray) -> Value:

@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, elementwise, views
+from graphopt.targets.relax import computes, elementwise, integer_layers, views
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Value
+from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Encoded, Value
 
 # ---- elementwise
 
 
 def _unary(builder: Builder, value: Value, function: Callable, name: str, dtype: str | None = None) -> list[Value]:
-    expression = elementwise.mapped(function, name)
     dtype = dtype or value.dtype
+    if value.encoded is not None:  # read the bytes: a float32 value made of them could end up in memory
+        decode = value.encoded.decode
+        return _unary(builder, value.encoded.source, lambda q: function(decode(q)), name, dtype)
+    expression = elementwise.mapped(function, name)
     if value.blocked is not None:
         source = builder.wide(value) if value.dtype == "float32" else value.blocked
         done = builder.call(expression, source, pattern=ELEMENTWISE, name=name)
@@ -116,13 +119,13 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
         return a.scaled(factor)
     builder.meet(a, b)
     for like in (a, b):
-        if like.blocked is None or (divides and like.has_filler) or not _spans(like, shape):
+        if not like.is_blocked or (divides and like.has_filler) or not _spans(like, shape):
             continue
         left, right = builder.operand(a, like), builder.operand(b, like)
         if left is not None and right is not None:
             done = builder.combine(operation, left, right)
-            return Value(shape, a.dtype, blocked=done, block=like.block)
-    return Value(shape, a.dtype, plain=builder.combine(operation, builder.plain(a), builder.plain(b)))
+            return Value(shape, a.dtype, blocked=done, block=like.lanes)
+    return Value(shape, a.dtype, plain=builder.combine(operation, builder.readable(a), builder.readable(b)))
 
 
 def _spans(value: Value, shape: tuple[int, ...]) -> bool:
@@ -151,8 +154,13 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     if node.op_type == "DequantizeLinear":
         if data.dtype not in ("uint8", "int8", "int16", "uint16", "int32"):
             return None
+        if data.dtype in computes.BYTES:
+            return [Value(data.shape, "float32", encoded=Encoded(data, factor, int(offset)))]
         return _unary(builder, data, elementwise.dequantize_of(factor, int(offset)), "dequantize", "float32")
     dtype = "uint8" if zero is None else zero.dtype
+    known = data.encoded
+    if known is not None and (known.source.dtype, known.scale, known.zero_point) == (dtype, factor, int(offset)):
+        return [known.source]  # nothing happened to it since it was dequantized
     if dtype not in ("uint8", "int8", "int16", "uint16") or data.dtype != "float32":
         return None
     return _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
@@ -167,10 +175,12 @@ def pool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     is_max = node.op_type == "MaxPool"
     if data is None or not data.is_image or node.outputs > 1:
         return None
-    if data.dtype != "float32" and not (is_max and data.dtype in ("uint8", "int8")):
+    if data.dtype != "float32" and not (is_max and data.dtype in computes.BYTES):
         return None
     assert data.shape is not None
-    size, kernel = data.shape[2:], tuple(node.get("kernel_shape", ()))
+    encoded, whole = data.encoded, data.shape
+    data = data if encoded is None else encoded.source
+    size, kernel = whole[2:], tuple(node.get("kernel_shape", ()))
     strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
     if len(kernel) != 2 or (not is_max and dilations != (1, 1)):
         return None
@@ -193,9 +203,15 @@ def pool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         dilations=dilations,
         out_size=out,
         count_include_pad=include,
+        zero_point=0 if encoded is None else encoded.zero_point,
         pattern=FUSABLE_ROOT,
     )
-    return image(builder, (*data.shape[:2], *out), done, data.dtype)
+    shape = (*whole[:2], *out)
+    if encoded is None:
+        return image(builder, shape, done, data.dtype)
+    if is_max:
+        return [Value(shape, "float32", encoded=Encoded(image(builder, shape, done, data.dtype)[0], *encoded.scheme))]
+    return image(builder, shape, _scaled(builder, done, encoded.scale))
 
 
 @emits("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax")
@@ -209,16 +225,32 @@ def spatial_reduction(builder: Builder, node: Node, inputs: Inputs) -> list[Valu
         axes = node.get("axes", None)
         if axes is None and len(inputs) > 1 and inputs[1] is not None and inputs[1].const is not None:
             axes = inputs[1].const.tolist()
-        if axes is None or sorted(a % 4 for a in axes) != [2, 3] or data.blocked is None:
+        if axes is None or sorted(a % 4 for a in axes) != [2, 3] or not data.is_blocked:
             return None
         keep = bool(node.get("keepdims", 1))
-    source = builder.blocked(data)
+    encoded = data.encoded
     if node.op_type.endswith("Max") or node.op_type == "GlobalMaxPool":
-        done = builder.call(computes.spatial_max, source, pattern=FUSABLE_ROOT)
+        done = builder.call(computes.spatial_max, builder.blocked(data), pattern=FUSABLE_ROOT)
     else:
-        done = builder.call(computes.spatial_sum, source, mean=node.op_type != "ReduceSum", pattern=FUSABLE_ROOT)
+        done = builder.call(
+            computes.spatial_sum,
+            builder.blocked(data if encoded is None else encoded.source),
+            mean=node.op_type != "ReduceSum",
+            zero_point=0 if encoded is None else encoded.zero_point,
+            pattern=FUSABLE_ROOT,
+        )
+        done = done if encoded is None else _scaled(builder, done, encoded.scale)
     value = image(builder, (*data.shape[:2], 1, 1), done)[0]
     return [value] if keep else [_reshaped(builder, value, data.shape[:2])]
+
+
+def _scaled(builder: Builder, expression, factor: float):
+    """A float32 Relax expression times a number, in registers."""
+
+    def scale(x):
+        return x * np.float32(factor)
+
+    return builder.call(elementwise.mapped(scale, "scale"), expression, pattern=ELEMENTWISE, name="scale")
 
 
 # ---- shapes
@@ -355,6 +387,9 @@ def matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     matrix = weight.const
     if matrix.ndim != 2 or len(data.shape) < 2 or node.get("transA", 0):
         return None
+    found = _integer_product(builder, node, data, weight, bias)
+    if found is not None:
+        return [found]
     if node.op_type == "Gemm":
         if node.get("transB", 0):
             matrix = matrix.T
@@ -377,6 +412,15 @@ def matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
             addend = builder.emit(relax.op.multiply(addend, relax.const(beta, "float32")))
         product = builder.emit(relax.op.add(product, addend))
     return [Value(shape, "float32", plain=product)]
+
+
+def _integer_product(builder: Builder, node: Node, data: Value, weight: Value, bias: Value | None) -> Value | None:
+    if node.op_type == "MatMul":
+        return integer_layers.product(builder, data, weight, None)
+    if node.get("alpha", 1.0) != 1.0 or (bias is not None and bias.const is None):
+        return None
+    addend = None if bias is None or bias.const is None else bias.const * np.float32(node.get("beta", 1.0))
+    return integer_layers.product(builder, data, weight, addend, bool(node.get("transB", 0)))
 
 
 def column_block(columns: int, rows: int, lanes: int) -> int:

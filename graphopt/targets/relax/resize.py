@@ -21,7 +21,8 @@ F = np.float32
 def resize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
     mode, coordinates = _text(node, "mode", "nearest"), _text(node, "coordinate_transformation_mode", "half_pixel")
-    if not is_float_image(data) or node.opset < 11 or mode not in ("nearest", "linear"):
+    moves = mode == "nearest" and data is not None and data.is_image and data.dtype in computes.BYTES
+    if not (is_float_image(data) or moves) or node.opset < 11 or mode not in ("nearest", "linear"):
         return None
     if coordinates not in _COORDINATES or "axes" in node.attributes or node.get("antialias", 0):
         return None
@@ -45,7 +46,7 @@ def resize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         made = builder.call(
             computes.gather_cells, builder.blocked(data), *constants, width=size[1], pattern=INJECTIVE, name="resize"
         )
-        return image(builder, (*data.shape[:2], *out), made)
+        return image(builder, (*data.shape[:2], *out), made, data.dtype)
     constants = [builder.constant(table) for x, n in zip(originals, size, strict=True) for table in _neighbours(x, n)]
     # A root, so that no reader in another layout computes an element of it where vectors cannot help.
     made = builder.call(

@@ -23,9 +23,37 @@ ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
 
 
+@dataclass(frozen=True)
+class Operand:
+    """A Relax expression that an elementwise operator reads, and what makes float32 of its elements; None: nothing."""
+
+    expression: Any
+    decode: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes that stand for float32 values: (source - zero_point) * scale."""
+
+    source: Value
+    """uint8 or int8."""
+    scale: float
+    zero_point: int
+
+    @property
+    def scheme(self) -> tuple[float, int]:
+        """Scale and zero point."""
+        return self.scale, self.zero_point
+
+    @property
+    def decode(self) -> Callable:
+        """From an element of the source to the number it stands for."""
+        return elementwise.dequantize_of(self.scale, self.zero_point)
+
+
 @dataclass
 class Value:
-    """One ONNX value; at least one of `const`, `plain`, `blocked` is there."""
+    """One ONNX value; at least one of `const`, `plain`, `blocked`, `encoded` is there."""
 
     shape: tuple[int, ...] | None
     """Static shape in ONNX's layout; None when it depends on data."""
@@ -39,6 +67,13 @@ class Value:
     block: int = 0
     fuses: bool = True
     """True when every consumer is elementwise and in one kernel with the producer, so that nothing is stored."""
+    encoded: Encoded | None = None
+    """Of a dequantized activation: the bytes. Nothing is computed until somebody asks for float32."""
+
+    @property
+    def is_blocked(self) -> bool:
+        """True when the value is in blocked form already."""
+        return self.blocked is not None or (self.encoded is not None and self.encoded.source.blocked is not None)
 
     @property
     def is_image(self) -> bool:
@@ -50,9 +85,14 @@ class Value:
         return self.shape[1]
 
     @property
+    def lanes(self) -> int:
+        """Channels of a block, of the value or of the bytes it stands for; 0 where neither is blocked."""
+        return self.block or (self.encoded.source.block if self.encoded is not None else 0)
+
+    @property
     def has_filler(self) -> bool:
         """True when the blocked form has padded channels."""
-        return self.block > 0 and self.channels % self.block != 0
+        return self.lanes > 0 and self.channels % self.lanes != 0
 
 
 class Builder:
@@ -144,6 +184,11 @@ class Builder:
 
         if value.plain is None and value.const is not None:
             value.plain = self.constant(value.const)
+        if value.plain is None and value.encoded is not None:
+            if value.encoded.source.blocked is None:
+                value.plain = self._decoded(value.encoded, self.moved(value.encoded.source))
+            else:
+                self.blocked(value)
         if value.plain is None:
             assert value.shape is not None and value.blocked is not None
             _batch, channels, height, width = value.shape
@@ -160,6 +205,12 @@ class Builder:
                 )
         return value.plain
 
+    def _decoded(self, encoded: Encoded, stored: Any) -> Any:
+        """float32 of the bytes, as an operator of its own: for those who know of no bytes."""
+        return self.call(
+            elementwise.mapped(encoded.decode, "dequantize"), stored, pattern=ELEMENTWISE, name="dequantize"
+        )
+
     def narrowed(self, value: Value):
         """The value in ONNX's layout, bfloat16 where the precision says so: an operand of a matrix product."""
         return self._stored(self.moved(value))
@@ -172,6 +223,11 @@ class Builder:
             return value.blocked
         if not value.is_image:
             return None
+        if value.encoded is not None:
+            source = value.encoded.source
+            value.blocked = self._stored(self._decoded(value.encoded, self.blocked(source)))
+            value.block = source.block
+            return value.blocked
         assert value.shape is not None
         batch, channels, height, width = value.shape
         block = self.block_for(channels)
@@ -192,25 +248,29 @@ class Builder:
             self.blocked(value)
         return None if value.blocked is None else self.widened(value.blocked)
 
-    def combine(self, operation: str, left, right) -> Any:
-        """`left` and `right`, each float32 or as it is stored, in one broadcasting operation of TVM's `topi`.
+    def combine(self, operation: str, left: Operand, right: Operand) -> Any:
+        """`left` and `right` in one broadcasting operation of TVM's `topi`.
 
-        Widening happens inside: as an operator of its own it would be fused behind the operand's narrowing.
+        They are decoded inside: as an operator of its own that would be fused behind the operand's own kernel, and
+        float32 be what is stored.
         """
 
-        def combined(left, right):
+        def combined(*stored):
             from tvm import topi
 
-            widen = elementwise.mapped(bfloat16.widen, "widen")
-            operands = [widen(x) if str(x.dtype) == bfloat16.DTYPE else x for x in (left, right)]
+            operands = [
+                x if operand.decode is None else elementwise.mapped(operand.decode, "decode")(x)
+                for x, operand in zip(stored, (left, right), strict=True)
+            ]
             return getattr(topi, operation)(*operands)
 
-        shapes = [tuple(int(d) for d in x.ty.shape.values) for x in (left, right)]
+        expressions = left.expression, right.expression
+        shapes = [tuple(int(d) for d in x.ty.shape.values) for x in expressions]
         whole = np.broadcast_shapes(*shapes)
         pattern = ELEMENTWISE if whole in shapes else BROADCAST
-        if any(shape != whole and not _is_constant(x) for x, shape in zip((left, right), shapes, strict=True)):
+        if any(shape != whole and not _is_constant(x) for x, shape in zip(expressions, shapes, strict=True)):
             pattern = INJECTIVE  # fused into what computes the smaller operand it would compute that once a tile
-        return self.call(combined, left, right, pattern=pattern, name=operation)
+        return self.call(combined, *expressions, pattern=pattern, name=operation)
 
     def meet(self, *values: Value) -> None:
         """Results of different kernels meet in one operator: all but the first go through memory, so are stored.
@@ -223,9 +283,17 @@ class Builder:
             if len(roots) > 1 and self._root_in(value) != min(r for r in roots if r is not None):
                 self.blocked(value)
 
-    def _as_it_is(self, value: Value) -> Any:
+    def _as_it_is(self, value: Value) -> Operand:
         """The value in blocked form, float32 where it is in registers, else as it is stored."""
-        return value.blocked if value.blocked is not None and value.fuses else self.blocked(value)
+        if value.encoded is not None:
+            return Operand(self.blocked(value.encoded.source), value.encoded.decode)
+        return _operand(value.blocked if value.blocked is not None and value.fuses else self.blocked(value))
+
+    def readable(self, value: Value) -> Operand:
+        """The value in ONNX's layout, for `combine`."""
+        if value.encoded is not None:
+            return Operand(self.moved(value.encoded.source), value.encoded.decode)
+        return Operand(self.plain(value))
 
     def _root_in(self, value: Value) -> int | None:
         return self._roots.get(str(value.blocked.name))
@@ -234,13 +302,10 @@ class Builder:
         """A float array as it is stored: rounded to bfloat16 where the precision says so."""
         return bfloat16.narrow_array(array) if self.narrows and array.dtype == np.float32 else array
 
-    def operand(self, value: Value, like: Value) -> Any:
-        """`value` in a blocked form that broadcasts against blocked `like`, or None where there is none.
+    def operand(self, value: Value, like: Value) -> Operand | None:
+        """`value` in a blocked form that broadcasts against blocked `like`, or None where there is none."""
 
-        It is float32 or as it is stored: for `combine`.
-        """
-
-        if value.blocked is not None and value.block == like.block and value.channels == like.channels:
+        if value.is_blocked and value.lanes == like.lanes and value.channels == like.channels:
             return self._as_it_is(value)
         if value.shape is None or len(value.shape) > 4:
             return None
@@ -253,11 +318,11 @@ class Builder:
             return None
         if channels == 1 and like.channels != 1:
             if value.const is not None:
-                return self.constant(value.const.reshape(batch, 1, height * width, 1))
-            return self.reshape(self.plain(value), (batch, 1, height * width, 1))
+                return Operand(self.constant(value.const.reshape(batch, 1, height * width, 1)))
+            return Operand(self.reshape(self.plain(value), (batch, 1, height * width, 1)))
         if value.const is not None:
-            return self.constant(block_array(value.const.reshape(shape), like.block))
-        if len(value.shape) != 4 or self.block_for(channels) != like.block:
+            return Operand(self.constant(block_array(value.const.reshape(shape), like.lanes)))
+        if len(value.shape) != 4 or self.block_for(channels) != like.lanes:
             return None
         return self._as_it_is(value)
 
@@ -265,6 +330,10 @@ class Builder:
 def element_type(expression) -> str:
     """The element type of a Relax tensor expression; empty for a tuple."""
     return str(getattr(expression.ty, "dtype", ""))
+
+
+def _operand(expression) -> Operand:
+    return Operand(expression, bfloat16.widen if element_type(expression) == bfloat16.DTYPE else None)
 
 
 def _is_constant(expression) -> bool:

@@ -60,9 +60,13 @@ WAITING_BYTES = 1 << 18
 def match(workload: Workload) -> list[Decision] | None:
     """Decisions {rows, columns, outs, panel, order}, by predicted cycles."""
     block = workload.anchor("conv2d")
-    if block is None or not set(_before(workload)) <= {"pad"}:
+    if block is None or not set(before(workload, "conv2d")) <= {"pad"}:
         return None
-    window = Window.of(block)
+    return decisions(Window.of(block), workload)
+
+
+def decisions(window: Window, workload: Workload) -> list[Decision]:
+    """Register tiles, panels and orders for a direct convolution, best prediction first."""
     found: list[tuple[float, int, Decision]] = []
     for rows, columns, outs in _tiles(window, workload):
         runs = window.rows.runs(rows), window.columns.runs(columns, clip=False), _outs(window).runs(outs)
@@ -75,9 +79,10 @@ def match(workload: Workload) -> list[Decision] | None:
     return unique(decision for _, bodies, decision in found if bodies <= max(BODIES, found[0][1]))[:SPACE]
 
 
-def _before(workload: Workload) -> list[str]:
+def before(workload: Workload, anchor: str) -> list[str]:
+    """Names of the blocks that come before the anchor."""
     names = list(workload.blocks)
-    return names[: names.index("conv2d")]
+    return names[: names.index(anchor)]
 
 
 def _outs(window: Window) -> Axis:
@@ -128,7 +133,7 @@ def _orders(window: Window, runs: tuple[list[Run], list[Run], list[Run]]) -> lis
 
 def predicted_cycles(workload: Workload, decision: Decision) -> float:
     """Of one image, on one core: comparable with the other templates' predictions."""
-    window = Window.of(workload.blocks["conv2d"])
+    window = Window.of(workload.anchor("conv2d", "conv2d_int8"))
     runs = (
         window.rows.runs(decision["rows"]),
         window.columns.runs(decision["columns"], clip=False),

@@ -19,7 +19,8 @@ from graphopt.targets.schedules.workload import Workload, extents, inline_epilog
 
 @dataclass(frozen=True)
 class Window:
-    """What a `conv2d` block computes: data (N, groups * in_blocks, rows * columns, in_lanes), and so on."""
+    """What a `conv2d` or `conv2d_int8` block computes: data (N, groups * in_blocks, rows * columns, in_lanes), and so
+    on. Lanes of bytes are counted in quads: a quad of the input, like a quad of weights, is as large as a float32."""
 
     batch: int
     out_blocks: int
@@ -41,7 +42,7 @@ class Window:
         A 1x1 window without stride and padding sees one long row, which is cut along `rows`; so is the row of a
         picture of height 1.
         """
-        batch, out_blocks, _, out_lanes, in_blocks, k_h, in_lanes, k_w = extents(block)
+        batch, out_blocks, _, out_lanes, in_blocks, k_h, in_lanes, k_w = extents(block)[:8]
         described = (int(x) for x in block.annotations[WINDOW])
         height, width, out_h, out_w, s_h, s_w, top, left, d_h, d_w, groups = described
         rows, columns = Axis(out_h, height, k_h, s_h, d_h, top), Axis(out_w, width, k_w, s_w, d_w, left)
@@ -90,25 +91,31 @@ class _Plan:
 
 
 class ConvolutionLoops:
-    """Writes the loops of a workload whose anchor is `conv2d` and whose only other producer is `pad`."""
+    """Writes the loops of a workload whose anchor is `ANCHOR` and whose only other producer is `pad`."""
+
+    ANCHOR = "conv2d"
+    SUM = "float32"
+    """Element type of the sums."""
 
     def __init__(self, workload: Workload):
         from tvm.ir.expr import TensorLoad
 
         self.func = workload.func
-        self.block = workload.blocks["conv2d"]
+        self.block = workload.blocks[self.ANCHOR]
         self.window = Window.of(self.block)
         out_lanes, lanes = self.window.out_lanes, workload.machine.lanes
         self.lanes = lanes if out_lanes % lanes == 0 else out_lanes
         self.vectors = out_lanes // self.lanes
         """Of one output block."""
         schedule = new_schedule(workload.func)
-        self.epilogue = schedule.get(inline_epilogue(schedule, "conv2d"))
-        self.sum = schedule.get(schedule.get_sblock("conv2d")).body.buffer
+        self.epilogue = schedule.get(inline_epilogue(schedule, self.ANCHOR))
+        self.sum = schedule.get(schedule.get_sblock(self.ANCHOR)).body.buffer
         self.is_apart = extents(self.epilogue) != extents(self.block)[:4]
         """True when the epilogue broadcasts the convolution: then it is computed whole, and the epilogue follows."""
         self.product = self.block.body.value.b
         data, weight = nodes(self.product, TensorLoad)
+        self.weight_bytes = _bytes(weight.source)
+        """Of one step along the input's lanes, for one output."""
         self.data, self.weight = data.source, weight.source
         if "pad" in workload.blocks:  # the tiles skip what lies outside, so the padded copy is not needed
             (load,) = nodes(workload.blocks["pad"].body, TensorLoad)
@@ -176,7 +183,7 @@ class ConvolutionLoops:
             )  # fmt: skip
 
         def in_panels(n, group, k) -> Any:
-            waiting = tirx.decl_buffer((plan.tiles * largest * self.lanes,), "float32", "waiting")
+            waiting = tirx.decl_buffer((plan.tiles * largest * self.lanes,), self.SUM, "waiting")
 
             def of_run(run, i) -> Any:
                 def at(p, t) -> Any:
@@ -220,8 +227,8 @@ class ConvolutionLoops:
 
         lanes = self.lanes
         per_out = rows.size * columns.size * self.vectors
-        sums = tirx.decl_buffer((outs * per_out * lanes,), "float32", "sums", scope="local")
-        zero = tirx.const(0, "float32")
+        sums = tirx.decl_buffer((outs * per_out * lanes,), self.SUM, "sums", scope="local")
+        zero = tirx.const(0, self.SUM)
         every = range(outs * per_out)
 
         def cell(out, row, column, vector, v):
@@ -253,21 +260,10 @@ class ConvolutionLoops:
             return sequence([tirx.AllocBuffer(sums), begin, end])
         steps = sum(a.count * b.count for a in rows.taps for b in columns.taps)
 
-        def at_tap(ico, a: _Tap, b: _Tap, step):
+        def at_tap(ico, a: Tap, b: Tap, step):
             def accumulate(ici):
-                def products(v):
-                    stores = []
-                    for row in a.outputs:
-                        for column in b.outputs:
-                            for out in range(outs):
-                                for vector in range(self.vectors):
-                                    at, lane = cell(out, row, column, vector, v), vector * lanes + v
-                                    tap = (place.panel * plan.panel + ico, a.tap, b.tap, ici)
-                                    term = self._term(place, row, column, out, lane, *tap)
-                                    stores.append(tirx.BufferStore(sums, sums[at] + term, [at]))
-                    return stores
-
-                return self._vector(products)
+                step = Step(place, a, b, outs, place.panel * plan.panel + ico, ici)
+                return self._products(step, sums, cell)
 
             turn = (place.number * plan.panel + ico) * steps + step
             requests = self._requests(place, outs, plan, turn, plan.tiles * plan.panel * steps)
@@ -281,7 +277,7 @@ class ConvolutionLoops:
                     def at_kh(i, a=a, b=b, done=done):
                         def at_kw(j):
                             step = done + i * b.count + j
-                            return at_tap(ico, _Tap(a.first + i, a.outputs), _Tap(b.first + j, b.outputs), step)
+                            return at_tap(ico, Tap(a.first + i, a.outputs), Tap(b.first + j, b.outputs), step)
 
                         return loop("kw", b.count, at_kw)
 
@@ -295,6 +291,25 @@ class ConvolutionLoops:
 
         return sequence([tirx.AllocBuffer(sums), begin, loop("ico", plan.panel, at_block), end])
 
+    def _products(self, step: Step, sums, cell: Callable[..., Any]) -> Any:
+        """Add to every sum of a tile its products at one tap and one input lane. `cell(out, row, column, vector, v)` is
+        where lane `v` of a sum is."""
+        from tvm import tirx
+
+        def products(v):
+            stores = []
+            for row in step.rows.outputs:
+                for column in step.columns.outputs:
+                    for out in range(step.outs):
+                        for vector in range(self.vectors):
+                            at, lane = cell(out, row, column, vector, v), vector * self.lanes + v
+                            data = self.data[self._read(step, row, column)]
+                            term = self._term(data, self.weight[self._weighed(step, out, lane)])
+                            stores.append(tirx.BufferStore(sums, sums[at] + term, [at]))
+            return stores
+
+        return self._vector(products)
+
     def _requests(self, place: _Place, outs: int, plan: _Plan, turn, turns: int) -> list[Any]:
         """Requests for this turn's share of the next panel's weights, of `turns` turns."""
         from tvm import tirx
@@ -302,7 +317,7 @@ class ConvolutionLoops:
         if not plan.ahead:
             return []
         window = self.window
-        block = window.taps // window.in_blocks * window.out_lanes * _bytes(self.weight)
+        block = window.taps // window.in_blocks * window.out_lanes * self.weight_bytes
         lines = plan.panel * block // prefetch.LINE_BYTES
         """Of one output block's panel; they are contiguous."""
         count = -(-lines // turns)
@@ -327,17 +342,25 @@ class ConvolutionLoops:
         zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
         return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, sequence(statements(v)))
 
-    def _term(self, place: _Place, row, column, out, lane, ico, tap_h, tap_w, ici) -> Any:
+    def _read(self, step: Step, row, column) -> tuple[Any, ...]:
+        """Indices of the input that one output of a tile multiplies."""
+        place, a, b = step.place, self.window.rows, self.window.columns
+        y = (place.row + row) * a.stride + step.rows.tap * a.dilation - a.pad
+        x = (place.column + column) * b.stride + step.columns.tap * b.dilation - b.pad
+        return place.n, place.group * self.window.in_blocks + step.block, y * b.length + x, step.lane
+
+    def _weighed(self, step: Step, out, lane) -> tuple[Any, ...]:
+        """Indices of the weight it is multiplied by."""
+        k_h, k_w = step.rows.tap, step.columns.tap
+        if self.window.flipped:
+            k_h, k_w = k_w, k_h
+        block = step.place.group * self.window.out_blocks + step.place.out + out
+        return block, step.block, k_h, k_w, step.lane, lane
+
+    def _term(self, data, weight) -> Any:
         """The block's product, for one output and one tap."""
         from tvm.ir.expr import TensorLoad
 
-        window = self.window
-        a, b = window.rows, window.columns
-        y = (place.row + row) * a.stride + tap_h * a.dilation - a.pad
-        x = (place.column + column) * b.stride + tap_w * b.dilation - b.pad
-        data = self.data[place.n, place.group * window.in_blocks + ico, y * b.length + x, ici]
-        k_h, k_w = (tap_w, tap_h) if window.flipped else (tap_h, tap_w)
-        weight = self.weight[place.group * window.out_blocks + place.out + out, ico, k_h, k_w, ici, lane]
         product = self.product
         if isinstance(product.a, TensorLoad) and isinstance(product.b, TensorLoad):
             return data * weight
@@ -375,11 +398,25 @@ class ConvolutionLoops:
 
 
 @dataclass(frozen=True)
-class _Tap:
+class Tap:
     """One tap along an axis, and the outputs of a tile that read it."""
 
     tap: Any
     outputs: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a tile adds at a time: one tap of the window, one lane of one input block."""
+
+    place: _Place
+    rows: Tap
+    columns: Tap
+    outs: int
+    """Output blocks of the tile."""
+    block: Any
+    """Of the input, counted within the group."""
+    lane: Any
 
 
 def _with_loads(expression, replacement: Callable[[Any], Any]) -> Any:

@@ -1,0 +1,151 @@
+"""Tensor expressions of the integer kernels: bytes in, 32-bit sums out, and the way back to float32.
+
+Channels are taken in fours, the *quads* that a dot-product instruction multiplies at a time: activations keep the
+blocked form of `computes` with a block of whole quads, weights are packed so that the quads of neighbouring outputs lie
+side by side.
+
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+CVPR 2018, section 2 (sums of products in 32 bits; zero points as a correction).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt.targets.relax.computes import ROW, WINDOW
+
+PAIRS = "graphopt.pairs"
+"""Annotation of a block that multiplies bytes: 1 where two neighbouring products always fit 16 bits."""
+QUAD = 4
+"""Products that one lane of a dot-product instruction adds up."""
+
+
+def conv2d(
+    data,
+    weight,
+    *,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    groups: int,
+    out_size: tuple[int, int],
+    pairs: bool,
+):
+    """2-D convolution of bytes: sums of products of what is stored, zero points not regarded.
+
+    data: (N, C / icb, H * W, icb) uint8; weight: (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4) int8 ->
+    (N, M / ocb, oH * oW, ocb) int32. `pads` (top, left, bottom, right) are positions whose bytes are 0. `pairs`: what
+    `fits_pairs` says of the weight.
+    """
+    from tvm import te
+
+    from graphopt.targets.relax import computes
+
+    batch = int(data.shape[0])
+    out_blocks, in_blocks, k_h, k_w, quads, wide = (int(d) for d in weight.shape)
+    out_h, out_w = out_size
+    padded = computes.padded(data, size, pads, 0)
+    per_group = out_blocks // groups
+    ico = te.reduce_axis((0, in_blocks), "ico")
+    ici: Any = te.reduce_axis((0, quads), "ici")
+    kh, kw = te.reduce_axis((0, k_h), "kh"), te.reduce_axis((0, k_w), "kw")
+    four: Any = te.reduce_axis((0, QUAD), "four")
+
+    def cell(n, o, p, v):
+        block = ico if groups == 1 else (o // per_group) * in_blocks + ico
+        y, x = computes.position(p, out_w, strides, dilations, kh, kw)
+        product = _wide(padded(n, block, y, x, ici * QUAD + four)) * _wide(weight[o, ico, kh, kw, ici, v * QUAD + four])
+        return te.sum(product, axis=[ico, kh, ici, kw, four])
+
+    dense = (k_h, k_w) == (1, 1) and strides == (1, 1) and not any(pads)
+    return te.compute(
+        (batch, out_blocks, out_h * out_w, wide // QUAD),
+        cell,
+        name="conv2d_int8",
+        attrs={
+            ROW: out_h * out_w if dense else out_w,
+            WINDOW: [*size, *out_size, *strides, *pads[:2], *dilations, groups],
+            PAIRS: int(pairs),
+        },
+    )
+
+
+def rescale(sums, factor, offset):
+    """float32 sums * factor + offset, with one factor and offset a channel: (1, M / ocb, 1, ocb)."""
+    from tvm import te
+
+    def cell(n, o, p, v):
+        number: Any = sums[n, o, p, v].astype("float32")
+        return number * factor[0, o, 0, v] + offset[0, o, 0, v]
+
+    return te.compute(sums.shape, cell, name="rescale")
+
+
+def pad_cells(data, *, size: tuple[int, int], pads: tuple[int, int, int, int], filler: int):
+    """Blocked activations in a frame of `filler`: (N, C / b, H * W, b) -> (N, C / b, H' * W', b)."""
+    from tvm import te, tirx
+
+    batch, blocks, _, lanes = (int(d) for d in data.shape)
+    (height, width), (top, left, bottom, right) = size, pads
+    high, wide = height + top + bottom, width + left + right
+
+    def cell(n, c, p, v):
+        y, x = p // wide - top, p % wide - left
+        inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
+        return tirx.if_then_else(inside, data[n, c, y * width + x, v], tirx.const(filler, data.dtype))
+
+    return te.compute((batch, blocks, high * wide, lanes), cell, name="pad_cells")
+
+
+def pad_rows(data, *, depth: int):
+    """(..., K) -> (..., depth), zeros behind."""
+    from tvm import te, tirx
+
+    lead, columns = tuple(data.shape)[:-1], int(data.shape[-1])
+
+    def cell(*i):
+        return tirx.if_then_else(
+            i[-1] < columns, data[(*i[:-1], tirx.min(i[-1], columns - 1))], tirx.const(0, data.dtype)
+        )
+
+    return te.compute((*lead, depth), cell, name="pad_rows")
+
+
+def unblock_rows(data, *, shape: tuple[int, ...]):
+    """Products of rows, (1, N / block, M, block), as `shape` (..., N) with M the product of the leading extents."""
+    from tvm import te
+
+    block = int(data.shape[3])
+
+    def cell(*i):
+        row: Any = 0
+        for index, extent in zip(i[:-1], shape[:-1], strict=True):
+            row = row * extent + index
+        return data[0, i[-1] // block, row, i[-1] % block]
+
+    return te.compute(shape, cell, name="unblock_rows")
+
+
+def pack_weight(kernel: np.ndarray, lanes_in: int, lanes_out: int) -> np.ndarray:
+    """(M, C / groups, kH, kW) int8 -> (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4), zeros where padded."""
+    out_channels, channels, k_h, k_w = kernel.shape
+    rows, columns = -(-out_channels // lanes_out), -(-channels // lanes_in)
+    padded = np.zeros((rows * lanes_out, columns * lanes_in, k_h, k_w), np.int8)
+    padded[:out_channels, :channels] = kernel
+    split = padded.reshape(rows, lanes_out, columns, lanes_in // QUAD, QUAD, k_h, k_w).transpose(0, 2, 5, 6, 3, 1, 4)
+    return np.ascontiguousarray(split).reshape(rows, columns, k_h, k_w, lanes_in // QUAD, lanes_out * QUAD)
+
+
+def fits_pairs(weight: np.ndarray) -> bool:
+    """Whether 255 times the packed weights (..., 4 * n) of each pair of neighbours stays within 16 bits."""
+    pairs = weight.reshape(-1, 2).astype(np.int32)
+    largest = np.maximum(pairs, 0).sum(axis=1).max(initial=0)
+    least = np.minimum(pairs, 0).sum(axis=1).min(initial=0)
+    return 255 * int(largest) <= 32767 and 255 * int(least) >= -32768
+
+
+def _wide(x):
+    return x.astype("int32")

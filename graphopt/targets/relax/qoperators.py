@@ -1,0 +1,155 @@
+"""Operators that take scales and zero points as operands, rewritten as DequantizeLinear -> operator -> QuantizeLinear.
+
+ONNX has two ways to write a quantized model. Older tools write *QOperator* models (QLinearConv, QLinearMatMul, and ONNX
+Runtime's com.microsoft.QLinearAdd, QGemm, ...); both say the same, so the importer knows only one of them. The other
+operators of com.microsoft that quantizers write for the standard ones (QuantizeLinear, DequantizeLinear) lose their
+domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.graph import attribute, constant_of, input_of
+
+MICROSOFT = "com.microsoft"
+_STANDARD, _CONTRIB = "", MICROSOFT
+
+Rewrite = Callable[["_Writer", ir.Node], "ir.Value | None"]
+
+
+def rewrite(model: ir.Model) -> bool:
+    """Rewrite every such operator of the main graph, in place. True when there was one."""
+    changed = False
+    for node in list(model.graph):
+        domain = _STANDARD if node.domain == "ai.onnx" else node.domain
+        if domain == _CONTRIB and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.domain = ""
+            changed = True
+            continue
+        rule = _RULES.get((domain, node.op_type))
+        if rule is None:
+            continue
+        writer = _Writer(node)
+        result = rule(writer, node)
+        if result is None:
+            continue
+        output = node.outputs[0]
+        result.name, result.type, result.shape = output.name, output.type, output.shape
+        output.name = None
+        model.graph.insert_before(node, writer.nodes)
+        output.replace_all_uses_with(result, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        changed = True
+    return changed
+
+
+class _Writer:
+    """Collects the nodes that stand for one operator, named after it."""
+
+    def __init__(self, node: ir.Node):
+        self.name = node.name or node.outputs[0].name or node.op_type
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op_type: str, inputs: list[ir.Value | None], attributes: dict | None = None) -> ir.Value:
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
+        made = ir.node(op_type, inputs, attributes or {}, name=f"{self.name}/{op_type}_{len(self.nodes)}")
+        made.outputs[0].name = f"{self.name}/{op_type}_{len(self.nodes)}_output"
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def real(self, data, scale, zero, axis: int = 1) -> ir.Value:
+        """The dequantized form of a value."""
+        return self.add("DequantizeLinear", [data, scale, zero], {"axis": axis})
+
+    def stored(self, data, scale, zero) -> ir.Value:
+        return self.add("QuantizeLinear", [data, scale, zero])
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        return self.add("Constant", [], {"value": ir.tensor(array)})
+
+
+def _kept(node: ir.Node, *dropped: str) -> dict:
+    return {name: found for name, found in node.attributes.items() if name not in dropped}
+
+
+def _conv(w: _Writer, node: ir.Node) -> ir.Value | None:
+    x, xs, xz, weight, ws, wz, ys, yz = node.inputs[:8]
+    bias = _bias(w, input_of(node, 8), xs, ws)
+    if bias is False:
+        return None
+    operands = [w.real(x, xs, xz), w.real(weight, ws, wz, axis=0), bias]
+    return w.stored(w.add("Conv", operands, _kept(node)), ys, yz)  # pyright: ignore[reportArgumentType]
+
+
+def _bias(w: _Writer, bias: ir.Value | None, first: ir.Value | None, second: ir.Value | None):
+    """A 32-bit bias as float32; None where there is none, False where its scale is not constant."""
+    if bias is None:
+        return None
+    a, b, integers = constant_of(first), constant_of(second), constant_of(bias)
+    if a is None or b is None or integers is None:
+        return False
+    return w.constant((integers * (a.astype(np.float64).reshape(-1) * b.astype(np.float64).reshape(-1))).astype("f"))
+
+
+def _matmul(w: _Writer, node: ir.Node) -> ir.Value | None:
+    a, a_s, a_z, b, b_s, b_z, ys, yz = node.inputs[:8]
+    return w.stored(w.add("MatMul", [w.real(a, a_s, a_z), w.real(b, b_s, b_z, axis=1)]), ys, yz)
+
+
+def _gemm(w: _Writer, node: ir.Node) -> ir.Value | None:
+    a, a_s, a_z, b, b_s, b_z = node.inputs[:6]
+    if attribute(node, "alpha", 1.0) != 1.0:
+        return None
+    bias = _bias(w, input_of(node, 6), a_s, b_s)
+    if bias is False:
+        return None
+    axis = 0 if attribute(node, "transB", 0) else 1
+    product = w.add("Gemm", [w.real(a, a_s, a_z), w.real(b, b_s, b_z, axis), bias], _kept(node))  # pyright: ignore
+    ys = input_of(node, 7)
+    return product if ys is None else w.stored(product, ys, input_of(node, 8))
+
+
+def _binary(op_type: str) -> Rewrite:
+    def rule(w: _Writer, node: ir.Node) -> ir.Value | None:
+        a, a_s, a_z, b, b_s, b_z, ys = node.inputs[:7]
+        return w.stored(w.add(op_type, [w.real(a, a_s, a_z), w.real(b, b_s, b_z)]), ys, input_of(node, 7))
+
+    return rule
+
+
+def _unary(op_type: str) -> Rewrite:
+    def rule(w: _Writer, node: ir.Node) -> ir.Value | None:
+        if attribute(node, "channels_last", 0):
+            return None
+        x, xs, xz, ys = node.inputs[:4]
+        done = w.add(op_type, [w.real(x, xs, xz)], _kept(node, "channels_last", "opset"))
+        return w.stored(done, ys, input_of(node, 4))
+
+    return rule
+
+
+def _concat(w: _Writer, node: ir.Node) -> ir.Value | None:
+    ys, yz, *parts = node.inputs
+    thirds = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    real: list[ir.Value | None] = [w.real(data, scale, zero) for data, scale, zero in thirds]
+    return w.stored(w.add("Concat", real, _kept(node)), ys, yz)
+
+
+_RULES: dict[tuple[str, str], Rewrite] = {
+    (_STANDARD, "QLinearConv"): _conv,
+    (_STANDARD, "QLinearMatMul"): _matmul,
+    (_CONTRIB, "QGemm"): _gemm,
+    (_CONTRIB, "QLinearAdd"): _binary("Add"),
+    (_CONTRIB, "QLinearMul"): _binary("Mul"),
+    (_CONTRIB, "QLinearConcat"): _concat,
+    (_CONTRIB, "QLinearSigmoid"): _unary("Sigmoid"),
+    (_CONTRIB, "QLinearLeakyRelu"): _unary("LeakyRelu"),
+    (_CONTRIB, "QLinearGlobalAveragePool"): _unary("GlobalAveragePool"),
+    (_CONTRIB, "QLinearAveragePool"): _unary("AveragePool"),
+    (_CONTRIB, "QLinearSoftmax"): _unary("Softmax"),
+}

@@ -1,0 +1,119 @@
+"""Direct convolution of bytes with a dot-product instruction, 32-bit sums in registers.
+
+Idea: the loop nest of `conv2d_blocked`, a step of which multiplies a quad of input channels: four bytes of a pixel,
+broadcast, with the quads of a vector of outputs. A quad is as large as a float32, so tiles, panels and predictions are
+those of a convolution with a quarter of the channels. The epilogue rescales, activates, adds and rounds the sums while
+they are still in registers.
+
+Loop order: that of `conv2d_blocked`; the in-lane counts quads.
+
+Register budget: rows * columns * outs sums + outs weights + 1 broadcast quad <= registers; `pairs` and `words` need two
+more for constants and intermediate products.
+
+Source: Georganas et al., Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures, SC 2018,
+section II-K (int16 kernels); Intel, Lower Numerical Precision Deep Learning Inference and Training, 2018 (VNNI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from graphopt.targets.schedules import dot
+from graphopt.targets.schedules.conv2d_blocked import before, decisions, predicted_cycles
+from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Step, Window
+from graphopt.targets.schedules.loops import sequence
+from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Kernel, Workload, work
+
+NAME = "conv2d_int8"
+VERSION = 1
+ANCHOR = "conv2d_int8"
+
+__all__ = ["ANCHOR", "NAME", "VERSION", "apply", "match", "predicted_cycles"]
+
+
+def match(workload: Workload) -> list[Decision] | None:
+    """Decisions {rows, columns, outs, panel, order}, by predicted cycles."""
+    block = workload.anchor(ANCHOR)
+    if block is None or not set(before(workload, ANCHOR)) <= {"pad"} or dot.way(workload.machine, block) is None:
+        return None
+    return decisions(Window.of(block), workload)
+
+
+def apply(workload: Workload, decision: Decision) -> Kernel:
+    """Schedule a function whose anchor block is `conv2d_int8`; for `words` the weight is wanted as such."""
+    from tvm import tirx
+
+    block = workload.blocks[ANCHOR]
+    loops = IntegerLoops(workload)
+    wide = loops.widened_weight()
+    func = loops.write(
+        decision["rows"],
+        decision["columns"],
+        decision["outs"],
+        panel=decision["panel"],
+        order=decision["order"],
+        parallel=work(block) >= dot.QUAD * PARALLEL_WORK and workload.machine.threads != 1,
+        ahead=workload.machine.allows("prefetch"),
+    )
+    if wide is None:
+        return Kernel(func)
+    index, weight = wide
+    params = list(func.params)
+    params[index] = weight
+    return Kernel(tirx.PrimFunc(params, func.body, attrs=func.attrs), {index: dot.as_words})
+
+
+class IntegerLoops(ConvolutionLoops):
+    """The nest of a convolution whose products are dot products of quads."""
+
+    ANCHOR = ANCHOR
+    SUM = "int32"
+
+    def __init__(self, workload: Workload):
+        super().__init__(workload)
+        way = dot.way(workload.machine, self.block)
+        assert way is not None
+        self.way: dot.Way = way
+        self.weight_bytes = dot.QUAD * (2 if way == "words" else 1)
+
+    def widened_weight(self) -> tuple[int, Any] | None:
+        """For `words`: which parameter the weight is, and the one that takes its place from now on."""
+        from tvm import tirx
+
+        if self.way != "words":
+            return None
+        index = next(i for i, param in enumerate(self.func.params) if param.same_as(self.weight))
+        *lead, quads = (int(d) for d in self.weight.shape)
+        self.weight = tirx.decl_buffer((*lead, 2, quads // 2), "int16", "weight")
+        return index, self.weight
+
+    def _products(self, step: Step, sums: Any, cell: Callable[..., Any]) -> Any:
+        from tvm import tirx
+
+        one = tirx.const(1, "int32")
+        wide: Any = self.lanes
+        stores = []
+        for row in step.rows.outputs:
+            for column in step.columns.outputs:
+                *at, quad = self._read(step, row, column)
+                spread = dot.quad_at(self.data, tuple(at), quad)
+                for out in range(step.outs):
+                    for vector in range(self.vectors):
+                        place = tirx.Ramp(tirx.const(cell(out, row, column, vector, 0), "int32"), one, wide)
+                        weights = self._weights(step, out, vector)
+                        total = dot.products(self.way, self.lanes, sums[place], spread, weights)
+                        stores.append(tirx.BufferStore(sums, total, [place]))
+        return sequence(stores)
+
+    def _weights(self, step: Step, out: int, vector: int) -> list[Any]:
+        """The weights of one vector of outputs: one vector, or one of each half of the quads."""
+        from tvm import tirx
+
+        halves = 2 if self.way == "words" else 1
+        each = dot.QUAD // halves
+        width: Any = each * self.lanes
+        *at, first = self._weighed(step, out, vector * self.lanes)
+        place = tirx.Ramp(tirx.const(first * each, "int32"), tirx.const(1, "int32"), width)
+        parts = [[]] if halves == 1 else [[tirx.const(half, "int32")] for half in range(halves)]
+        return [tirx.BufferLoad(self.weight, [*at, *part, place]) for part in parts]
