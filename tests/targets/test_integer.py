@@ -353,3 +353,49 @@ def test_the_model_that_is_compiled_is_not_changed():
     before = ir.to_proto(made).SerializeToString()
     TARGET.lower(made)
     assert ir.to_proto(made).SerializeToString() == before
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("per_column", [False, True])
+def test_matmul_integer(dtype, per_column):
+    rng = np.random.default_rng(8)
+    info = np.iinfo(dtype)
+    x = rng.integers(info.min, info.max + 1, (2, 5, 37)).astype(dtype)
+    w = rng.integers(0, 128, (37, 20)).astype(np.uint8)
+    z = np.array(info.min + 77, dtype)
+    weight_zero = rng.integers(0, 100, 20 if per_column else ()).astype(np.uint8)
+    made = model([node("MatMulInteger", ["x", "w", "z", "wz"], ["y"])], {"x": x, "z": z}, ["y"],
+                 {"w": w, "wz": weight_zero})  # fmt: skip
+    wanted = (x.astype(int) - int(z)) @ (w.astype(int) - weight_zero.astype(int))
+    np.testing.assert_array_equal(compiled(made, {"x": x, "z": z})["y"], wanted.astype(np.int32))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_conv_integer(group):
+    rng = np.random.default_rng(9)
+    x, z = rng.integers(0, 256, (2, 6, 7, 8)).astype(np.uint8), np.array(93, np.uint8)
+    w = rng.integers(-100, 100, (9, 6 // group, 3, 2)).astype(np.int8)
+    window = {"pads": [1, 0, 2, 1], "strides": [2, 1], "group": group}
+    made = model([node("ConvInteger", ["x", "w", "z"], ["y"], **window)], {"x": x, "z": z}, ["y"], {"w": w})
+    wanted = integer_conv(x, w, 93, pads=(1, 0, 2, 1), strides=(2, 1), group=group)
+    np.testing.assert_array_equal(compiled(made, {"x": x, "z": z})["y"], wanted.astype(np.int32))
+
+
+def test_dynamic_quantization():
+    """What ONNX Runtime's quantize_dynamic writes for a MatMul."""
+    rng = np.random.default_rng(10)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    constants = {"w": rng.integers(-127, 128, (64, 32)).astype(np.int8), "ws": np.float32(0.01),
+                 "b": rng.standard_normal(32).astype(np.float32)}  # fmt: skip
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        node("MatMulInteger", ["xq", "w", "xz"], ["sums"]),
+        node("Cast", ["sums"], ["real"], to=onnx.TensorProto.FLOAT),
+        node("Mul", ["xs", "ws"], ["scale"]),
+        node("Mul", ["real", "scale"], ["scaled"]),
+        node("Add", ["scaled", "b"], ["y"]),
+    ]
+    made = model(nodes, {"x": x}, ["y"], constants)
+    found, wanted = compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"]
+    # one byte may be rounded the other way: a quantum of x times a weight, in each sum
+    assert np.abs(found - wanted).max() <= 2 * 6 / 255 * 1.27 + 1e-4

@@ -32,6 +32,7 @@ from graphopt.targets.relax import (
     conv_transpose,
     convolution,
     integer_layers,
+    integer_operators,
     normalization,
     operators,
     qoperators,
@@ -41,7 +42,15 @@ from graphopt.targets.relax import (
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.values import Builder, Value, element_type
 
-_ = (convolution, conv_transpose, normalization, operators, resize, views)  # importing them fills EMITTERS
+_ = (
+    convolution,
+    conv_transpose,
+    integer_operators,
+    normalization,
+    operators,
+    resize,
+    views,
+)  # importing them fills EMITTERS
 _DTYPES = frozenset(
     ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 )

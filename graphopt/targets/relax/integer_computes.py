@@ -84,8 +84,28 @@ def rescale(sums, factor, offset):
     return te.compute(sums.shape, cell, name="rescale")
 
 
-def pad_cells(data, *, size: tuple[int, int], pads: tuple[int, int, int, int], filler: int):
-    """Blocked activations in a frame of `filler`: (N, C / b, H * W, b) -> (N, C / b, H' * W', b)."""
+def less_zero_point(sums, weights, zero_point):
+    """int32 sums (N, M / ocb, P, ocb) less `zero_point` (one element) times the weights' sums (1, M / ocb, 1, ocb)."""
+    from tvm import te
+
+    zero = (0,) * len(zero_point.shape)
+
+    def cell(n, o, p, v):
+        point: Any = zero_point[zero].astype("int32")
+        return sums[n, o, p, v] - point * weights[0, o, 0, v]
+
+    return te.compute(sums.shape, cell, name="less_zero_point")
+
+
+def shift(data):
+    """int8 -> uint8, 128 more."""
+    from tvm import te
+
+    return te.compute(data.shape, lambda *i: (data[i].astype("int32") + 128).astype("uint8"), name="shift")
+
+
+def pad_cells(data, filler, *, size: tuple[int, int], pads: tuple[int, int, int, int]):
+    """Blocked activations in a frame of the one element of `filler`: (N, C / b, H * W, b) -> (N, C / b, H' * W', b)."""
     from tvm import te, tirx
 
     batch, blocks, _, lanes = (int(d) for d in data.shape)
@@ -95,7 +115,7 @@ def pad_cells(data, *, size: tuple[int, int], pads: tuple[int, int, int, int], f
     def cell(n, c, p, v):
         y, x = p // wide - top, p % wide - left
         inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
-        return tirx.if_then_else(inside, data[n, c, y * width + x, v], tirx.const(filler, data.dtype))
+        return tirx.if_then_else(inside, data[n, c, y * width + x, v], filler[(0,) * len(filler.shape)])
 
     return te.compute((batch, blocks, high * wide, lanes), cell, name="pad_cells")
 

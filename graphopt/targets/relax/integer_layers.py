@@ -66,10 +66,7 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
         return None
     assert data.shape is not None
     size, kernel = data.shape[2:], weights.integers.shape[2:]
-    strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
-    pads = pads_of(node, size, kernel, strides, dilations)
-    out = output_size(size, kernel, strides, dilations, pads)
-    geometry = {"size": size, "strides": strides, "pads": pads, "dilations": dilations, "out_size": out}
+    geometry = geometry_of(node, size, kernel)
     groups = int(node.get("group", 1))
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
         if weights.integers[0].size > EXACT_TAPS:
@@ -79,7 +76,7 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     else:
         sums = _dense(builder, encoded, weights.integers, groups, geometry)
         zero_point = encoded.zero_point
-    shape = (data.shape[0], weights.integers.shape[0], *out)
+    shape = (data.shape[0], weights.integers.shape[0], *geometry["out_size"])
     factors = encoded.scale * weights.scales
     offsets = -zero_point * weights.integers.reshape(shape[1], -1).sum(axis=1, dtype=np.int64) * factors
     if bias is not None and bias.const is not None:
@@ -87,12 +84,20 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     return _rescaled(builder, Value(shape, "int32", blocked=sums, block=int(sums.ty.shape[3])), factors, offsets)
 
 
+def geometry_of(node: Node, size: tuple[int, ...], kernel: tuple[int, ...]) -> dict[str, Any]:
+    """What a convolution's tensor expression wants to know of its window."""
+    strides, dilations = tuple(node.get("strides", (1, 1))), tuple(node.get("dilations", (1, 1)))
+    pads = pads_of(node, size, kernel, strides, dilations)
+    out = output_size(size, kernel, strides, dilations, pads)
+    return {"size": size, "strides": strides, "pads": pads, "dilations": dilations, "out_size": out}
+
+
 def product(
     builder: Builder, data: Value, weight: Value, bias: np.ndarray | None, transposed: bool = False
 ) -> Value | None:
     """bytes (..., K) times int8 (K, N), or (N, K) where `transposed`, plus a constant of one number a column.
 
-    None where it is not one. The rows are the positions of a 1x1 convolution, whose one input block is a whole row.
+    None where it is not one.
     """
     encoded = data.encoded
     if encoded is None or encoded.source.dtype != "uint8" or not isinstance(weight, Integers) or not data.shape:
@@ -103,21 +108,32 @@ def product(
     if weights is None:
         return None
     matrix = weights.integers if transposed else np.ascontiguousarray(weights.integers.T)
-    columns, depth = matrix.shape
-    if data.shape[-1] != depth or (bias is not None and bias.size not in (1, columns)):
+    if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
-    rows = int(np.prod(data.shape[:-1]))
+    sums = row_sums(builder, builder.moved(encoded.source), data.shape, matrix)
+    factors = encoded.scale * weights.scales
+    offsets = -encoded.zero_point * matrix.sum(axis=1, dtype=np.int64) * factors
+    if bias is not None:
+        offsets = offsets + bias.reshape(-1)
+    return as_rows(builder, _rescaled(builder, sums, factors, offsets), (*data.shape[:-1], len(matrix)))
+
+
+def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.ndarray) -> Value:
+    """32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
+
+    The rows are the positions of a 1x1 convolution, whose one input block is a whole row.
+    """
+    columns, depth = matrix.shape
+    rows = int(np.prod(shape[:-1]))
     whole = -(-depth // integer_computes.QUAD) * integer_computes.QUAD
-    source = builder.moved(encoded.source)
     if whole != depth:
-        source = builder.call(integer_computes.pad_rows, source, depth=whole, pattern=INJECTIVE)
-    source = builder.reshape(source, (1, 1, rows, whole))
+        data = builder.call(integer_computes.pad_rows, data, depth=whole, pattern=INJECTIVE)
     kernel = np.zeros((columns, whole, 1, 1), np.int8)
     kernel[:, :depth, 0, 0] = matrix
     packed = integer_computes.pack_weight(kernel, whole, builder.block_for(columns))
     sums = builder.call(
         integer_computes.conv2d,
-        source,
+        builder.reshape(data, (1, 1, rows, whole)),
         builder.constant(packed),
         size=(1, rows),
         strides=(1, 1),
@@ -128,17 +144,16 @@ def product(
         pairs=integer_computes.fits_pairs(packed),
         pattern=FUSABLE_ROOT,
     )
-    factors = encoded.scale * weights.scales
-    offsets = -encoded.zero_point * matrix.sum(axis=1, dtype=np.int64) * factors
-    if bias is not None:
-        offsets = offsets + bias.reshape(-1)
-    block = int(sums.ty.shape[3])
-    done = _rescaled(builder, Value((1, columns, 1, rows), "int32", blocked=sums, block=block), factors, offsets)
-    shape = (*data.shape[:-1], columns)
-    if rows == 1:
-        return Value(shape, "float32", plain=builder.reshape(builder.moved(done), shape))
+    return Value((1, columns, 1, rows), "int32", blocked=sums, block=int(sums.ty.shape[3]))
+
+
+def as_rows(builder: Builder, done: Value, shape: tuple[int, ...]) -> Value:
+    """A blocked value (1, N, 1, M) as the rows (..., N) of ONNX's layout."""
+    assert done.shape is not None
+    if done.shape[3] == 1:
+        return Value(shape, done.dtype, plain=builder.reshape(builder.moved(done), shape))
     plain = builder.call(integer_computes.unblock_rows, done.blocked, shape=shape, pattern=INJECTIVE)
-    return Value(shape, "float32", plain=plain)
+    return Value(shape, done.dtype, plain=plain)
 
 
 def _rescaled(builder: Builder, sums: Value, factors: np.ndarray, offsets: np.ndarray) -> Value:
@@ -165,12 +180,19 @@ def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, geometry:
 
 
 def _dense(builder: Builder, encoded: Encoded, kernel: np.ndarray, groups: int, geometry: dict[str, Any]):
-    source, lanes_in = builder.blocked(encoded.source), encoded.source.block
-    if encoded.zero_point and any(geometry["pads"]):
-        size, pads = geometry["size"], geometry["pads"]
-        source = builder.call(
-            integer_computes.pad_cells, source, size=size, pads=pads, filler=encoded.zero_point, pattern=INJECTIVE
-        )
+    frame = builder.constant(np.full(1, encoded.zero_point, np.uint8)) if encoded.zero_point else None
+    return dense_sums(builder, encoded.source, kernel, groups, geometry, frame)
+
+
+def dense_sums(builder: Builder, source: Value, kernel: np.ndarray, groups: int, geometry: dict[str, Any], frame: Any):
+    """32-bit sums of a uint8 picture times an int8 kernel (M, C / groups, kH, kW), in blocked form.
+
+    `frame` is a Relax tensor of one byte, which stands for zeros around the picture; None where that byte is 0.
+    """
+    data, lanes_in = builder.blocked(source), source.block
+    size, pads = geometry["size"], geometry["pads"]
+    if frame is not None and any(pads):
+        data = builder.call(integer_computes.pad_cells, data, frame, size=size, pads=pads, pattern=INJECTIVE)
         framed = (size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3])
         geometry = {**geometry, "size": framed, "pads": (0, 0, 0, 0)}
     lanes_out = builder.block_for(kernel.shape[0])
@@ -178,7 +200,7 @@ def _dense(builder: Builder, encoded: Encoded, kernel: np.ndarray, groups: int, 
     packed = integer_computes.pack_weight(kernel, lanes_in, lanes_out)
     return builder.call(
         integer_computes.conv2d,
-        source,
+        data,
         builder.constant(packed),
         groups=groups,
         pairs=integer_computes.fits_pairs(packed),
