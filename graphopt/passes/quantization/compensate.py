@@ -22,16 +22,31 @@ def round_with_covariance(weights: np.ndarray, scales: np.ndarray, covariance: n
 
     `covariance`: (groups, taps, taps), of the inputs. Values are within [-limit, limit].
     """
-    taps = weights.shape[2]
     variance = np.diagonal(covariance, axis1=1, axis2=2)
     order = np.argsort(-variance, axis=1, kind="stable")  # large variances first: most is left to make up for them
-    damped = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
+    sorted_ = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
     level = variance.mean(axis=1)
-    damped[:, range(taps), range(taps)] += np.where(level > 0, DAMPING * level, 1.0)[:, None]
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).transpose(0, 2, 1)
+    upper = np.stack([_factor(each, float(mean)) for each, mean in zip(sorted_, level, strict=True)])
     arranged = np.take_along_axis(weights, order[:, None, :], 2)
     rounded = _round_in_order(arranged, scales, upper, limit)
     return np.take_along_axis(rounded, np.argsort(order, axis=1)[:, None, :], 2)
+
+
+def _factor(covariance: np.ndarray, level: float) -> np.ndarray:
+    """The upper Cholesky factor of the damped covariance's inverse, (taps, taps); `level` is the mean variance.
+
+    A covariance measured on few samples, or of inputs whose mean is large against their variance, may have negative
+    eigenvalues of more than the damping: then it is damped more, in the end so much that rounding is to nearest.
+    """
+    taps = len(covariance)
+    if not level > 0:
+        return np.eye(taps)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        try:
+            return np.linalg.cholesky(np.linalg.inv(covariance + damping * level * np.eye(taps))).T
+        except np.linalg.LinAlgError:
+            continue
+    return np.eye(taps)
 
 
 BLOCK = 64

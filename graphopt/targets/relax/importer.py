@@ -156,6 +156,7 @@ class _Importer:
             if name:
                 self.values[name] = value
                 value.fuses = value.fuses and _fuses(name, self.consumers)
+                value.readers = len(self.consumers.get(name, ()))
 
     def _folded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shape is not None:

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax import elementwise
 from graphopt.targets.relax.computes import ROW, WINDOW
 
 PAIRS = "graphopt.pairs"
 """Annotation of a block that multiplies bytes: 1 where two neighbouring products always fit 16 bits."""
+START = "start"
+"""The block behind an integer anchor that adds what its sums start from."""
 QUAD = 4
 """Products that one lane of a dot-product instruction adds up."""
 
@@ -25,6 +28,7 @@ QUAD = 4
 def conv2d(
     data,
     weight,
+    start,
     *,
     size: tuple[int, int],
     strides: tuple[int, int],
@@ -34,11 +38,11 @@ def conv2d(
     out_size: tuple[int, int],
     pairs: bool,
 ):
-    """2-D convolution of bytes: sums of products of what is stored, zero points not regarded.
+    """2-D convolution of bytes: `start` plus sums of products of what is stored, zero points not regarded.
 
-    data: (N, C / icb, H * W, icb) uint8; weight: (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4) int8 ->
-    (N, M / ocb, oH * oW, ocb) int32. `pads` (top, left, bottom, right) are positions whose bytes are 0. `pairs`: what
-    `fits_pairs` says of the weight.
+    data: (N, C / icb, H * W, icb) uint8; weight: (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4) int8;
+    start: (1, M / ocb, 1, ocb) int32 -> (N, M / ocb, oH * oW, ocb) int32. `pads` (top, left, bottom, right) are
+    positions whose bytes are 0. `pairs`: what `fits_pairs` says of the weight.
     """
     from tvm import te
 
@@ -61,7 +65,7 @@ def conv2d(
         return te.sum(product, axis=[ico, kh, ici, kw, four])
 
     dense = (k_h, k_w) == (1, 1) and strides == (1, 1) and not any(pads)
-    return te.compute(
+    sums: Any = te.compute(
         (batch, out_blocks, out_h * out_w, wide // QUAD),
         cell,
         name="conv2d_int8",
@@ -71,17 +75,42 @@ def conv2d(
             PAIRS: int(pairs),
         },
     )
+    return te.compute(sums.shape, lambda n, o, p, v: sums[n, o, p, v] + start[0, o, 0, v], name=START)
 
 
-def rescale(sums, factor, offset):
-    """float32 sums * factor + offset, with one factor and offset a channel: (1, M / ocb, 1, ocb)."""
+def rescale(sums, factor, offset, *, low: float | None, high: float | None):
+    """float32 sums * factor + offset, with one of each a channel, (1, M / ocb, 1, ocb), between `low` and `high`."""
     from tvm import te
+
+    clip = elementwise.clip_of(low, high)
 
     def cell(n, o, p, v):
         number: Any = sums[n, o, p, v].astype("float32")
-        return number * factor[0, o, 0, v] + offset[0, o, 0, v]
+        return clip(number * factor[0, o, 0, v] + offset[0, o, 0, v])
 
     return te.compute(sums.shape, cell, name="rescale")
+
+
+def requantize(sums, factor, *offset, scheme: tuple[int, int, int], dtype: str):
+    """Bytes of sums * factor (+ offset, where there is one), rounded half to even, plus a zero point, saturated.
+
+    `scheme`: the zero point, the least byte and the largest one. |sums * factor + offset| must be below 2^21, so that
+    adding 1.5 * 2^23 leaves the rounded number in the low bits; one fused multiply-add does both.
+    """
+    from tvm import te, tirx
+
+    zero_point, least, largest = scheme
+    shift = elementwise.ROUND_BITS - zero_point
+
+    def cell(n, o, p, v):
+        number: Any = sums[n, o, p, v].astype("float32") * factor[0, o, 0, v]
+        if offset:
+            number = number + offset[0][0, o, 0, v]
+        bits: Any = tirx.reinterpret("int32", number + tirx.const(elementwise.ROUND, "float32"))
+        bounded: Any = tirx.min(tirx.max(bits - shift, least), largest)
+        return bounded.astype(dtype)
+
+    return te.compute(sums.shape, cell, name="requantize")
 
 
 def less_zero_point(sums, weights, zero_point):

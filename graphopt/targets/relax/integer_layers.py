@@ -21,7 +21,16 @@ import numpy as np
 from graphopt.targets.relax import computes, integer_computes
 from graphopt.targets.relax.emitters import Node, output_size, pads_of
 from graphopt.targets.relax.grouping import merge_groups
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, INJECTIVE, Builder, Encoded, Value, block_array
+from graphopt.targets.relax.values import (
+    ELEMENTWISE,
+    FUSABLE_ROOT,
+    INJECTIVE,
+    Builder,
+    Encoded,
+    Sums,
+    Value,
+    block_array,
+)
 
 EXACT_TAPS = 500
 """Products of a byte and an 8-bit weight that float32 adds up without rounding: 2^24 / 255 / 128 of them."""
@@ -71,17 +80,81 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
         if weights.integers[0].size > EXACT_TAPS:
             return None
+        plan = _planned(encoded, weights, bias, exact=False)
         sums = _depthwise(builder, encoded, weights.integers, geometry)
-        zero_point = 0  # taken away before multiplying
     else:
-        sums = _dense(builder, encoded, weights.integers, groups, geometry)
-        zero_point = encoded.zero_point
+        plan = _planned(encoded, weights, bias, exact=True)
+        frame = builder.constant(np.full(1, encoded.zero_point, np.uint8)) if encoded.zero_point else None
+        sums = dense_sums(builder, encoded.source, weights.integers, plan.start, groups, geometry, frame)
     shape = (data.shape[0], weights.integers.shape[0], *geometry["out_size"])
+    return plan.result(shape, sums)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a layer's sums become its result."""
+
+    factors: np.ndarray
+    start: np.ndarray
+    """int32, one a channel: what sums start from."""
+    offsets: np.ndarray
+    """What `start` leaves of the bias and the zero point's part."""
+    largest: np.ndarray
+
+    def result(self, shape: tuple[int, ...], sums: Any) -> Value:
+        found = Sums(sums, self.factors, self.offsets, self.largest)
+        return Value(shape, "float32", sums=found, block=int(sums.ty.shape[3]))
+
+
+def _planned(encoded: Encoded, weights: Weights, bias: Value | np.ndarray | None, *, exact: bool) -> _Plan:
+    """`exact`: sums are int32 of what is stored; else float32 of differences from the zero point, and start from 0."""
+    rows = weights.integers.reshape(len(weights.integers), -1).astype(np.int64)
     factors = encoded.scale * weights.scales
-    offsets = -zero_point * weights.integers.reshape(shape[1], -1).sum(axis=1, dtype=np.int64) * factors
-    if bias is not None and bias.const is not None:
-        offsets = offsets + bias.const.reshape(-1)
-    return _rescaled(builder, Value(shape, "int32", blocked=sums, block=int(sums.ty.shape[3])), factors, offsets)
+    offsets = np.zeros(len(rows))
+    constant = bias.const if isinstance(bias, Value) else bias
+    if constant is not None:
+        offsets = offsets + constant.reshape(-1).astype(np.float64)
+    largest = 255.0 * np.abs(rows).sum(axis=1)
+    start = np.zeros(len(rows), np.int64)
+    if exact:
+        offsets = offsets - encoded.zero_point * rows.sum(axis=1) * factors
+        whole = np.rint(offsets / np.where(factors > 0, factors, 1.0))
+        fits = (factors > 0) & (np.abs(whole) + largest < 2**31)
+        start = np.where(fits, whole, 0).astype(np.int64)
+        offsets = offsets - start * factors
+    return _Plan(factors, start.astype(np.int32), offsets, largest + np.abs(start))
+
+
+LEAST_OFFSET = 1 / 256
+"""Of a quantum: what is left of a bias in integers is forgotten when a result is quantized and this is smaller."""
+MOST_QUANTA = 1 << 21
+"""Numbers up to this are rounded by adding 1.5 * 2^23."""
+
+
+def requantized(builder: Builder, value: Value, scale: float, zero_point: int, dtype: str) -> Value | None:
+    """A layer's result as bytes, straight from its sums; None where its sums may be too large for that."""
+    result = value.sums
+    assert result is not None
+    step = float(np.float32(scale))
+    factors, offsets = result.factors / step, result.offsets / step
+    if (result.largest * factors + np.abs(offsets)).max(initial=0.0) >= MOST_QUANTA:
+        return None
+    info = np.iinfo(dtype)
+    bounds = []
+    for bound, saturated in ((result.low, info.min), (result.high, info.max)):
+        level = saturated if np.isinf(bound) else int(np.rint(np.float32(bound) / np.float32(scale))) + zero_point
+        bounds.append(int(min(max(level, info.min), info.max)))
+    arrays = [factors] if np.abs(offsets).max(initial=0.0) < LEAST_OFFSET else [factors, offsets]
+    along = [block_array(x.astype(np.float32).reshape(1, -1, 1, 1), value.block) for x in arrays]
+    done = builder.call(
+        integer_computes.requantize,
+        result.sums,
+        *(builder.constant(x) for x in along),
+        scheme=(zero_point, *bounds),
+        dtype=dtype,
+        pattern=ELEMENTWISE,
+    )
+    return Value(value.shape, dtype, blocked=done, block=value.block)
 
 
 def geometry_of(node: Node, size: tuple[int, ...], kernel: tuple[int, ...]) -> dict[str, Any]:
@@ -110,16 +183,16 @@ def product(
     matrix = weights.integers if transposed else np.ascontiguousarray(weights.integers.T)
     if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
-    sums = row_sums(builder, builder.moved(encoded.source), data.shape, matrix)
-    factors = encoded.scale * weights.scales
-    offsets = -encoded.zero_point * matrix.sum(axis=1, dtype=np.int64) * factors
-    if bias is not None:
-        offsets = offsets + bias.reshape(-1)
-    return as_rows(builder, _rescaled(builder, sums, factors, offsets), (*data.shape[:-1], len(matrix)))
+    plan = _planned(encoded, Weights(matrix, weights.scales), bias, exact=True)
+    sums = row_sums(builder, builder.moved(encoded.source), data.shape, matrix, plan.start)
+    assert sums.shape is not None
+    done = plan.result(sums.shape, sums.blocked)
+    builder.blocked(done)
+    return as_rows(builder, done, (*data.shape[:-1], len(matrix)))
 
 
-def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.ndarray) -> Value:
-    """32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
+def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.ndarray, start: np.ndarray) -> Value:
+    """`start` plus 32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
 
     The rows are the positions of a 1x1 convolution, whose one input block is a whole row.
     """
@@ -135,6 +208,7 @@ def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.nda
         integer_computes.conv2d,
         builder.reshape(data, (1, 1, rows, whole)),
         builder.constant(packed),
+        _along_channels(builder, start, packed),
         size=(1, rows),
         strides=(1, 1),
         pads=(0, 0, 0, 0),
@@ -156,14 +230,6 @@ def as_rows(builder: Builder, done: Value, shape: tuple[int, ...]) -> Value:
     return Value(shape, done.dtype, plain=plain)
 
 
-def _rescaled(builder: Builder, sums: Value, factors: np.ndarray, offsets: np.ndarray) -> Value:
-    """float32 of the sums: times a factor, plus an offset, one of each a channel."""
-    along = [block_array(x.astype(np.float32).reshape(1, -1, 1, 1), sums.block) for x in (factors, offsets)]
-    constants = [builder.constant(x) for x in along]
-    done = builder.call(integer_computes.rescale, sums.blocked, *constants, pattern=ELEMENTWISE)
-    return Value(sums.shape, "float32", blocked=done, block=sums.block)
-
-
 def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, geometry: dict[str, Any]):
     source = builder.blocked(encoded.source)
     channels, _, k_h, k_w = kernel.shape
@@ -179,13 +245,16 @@ def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, geometry:
     )
 
 
-def _dense(builder: Builder, encoded: Encoded, kernel: np.ndarray, groups: int, geometry: dict[str, Any]):
-    frame = builder.constant(np.full(1, encoded.zero_point, np.uint8)) if encoded.zero_point else None
-    return dense_sums(builder, encoded.source, kernel, groups, geometry, frame)
-
-
-def dense_sums(builder: Builder, source: Value, kernel: np.ndarray, groups: int, geometry: dict[str, Any], frame: Any):
-    """32-bit sums of a uint8 picture times an int8 kernel (M, C / groups, kH, kW), in blocked form.
+def dense_sums(
+    builder: Builder,
+    source: Value,
+    kernel: np.ndarray,
+    start: np.ndarray,
+    groups: int,
+    geometry: dict[str, Any],
+    frame: Any,
+) -> Any:
+    """`start` plus 32-bit sums of a uint8 picture times an int8 kernel (M, C / groups, kH, kW), in blocked form.
 
     `frame` is a Relax tensor of one byte, which stands for zeros around the picture; None where that byte is 0.
     """
@@ -202,8 +271,17 @@ def dense_sums(builder: Builder, source: Value, kernel: np.ndarray, groups: int,
         integer_computes.conv2d,
         data,
         builder.constant(packed),
+        _along_channels(builder, start, packed),
         groups=groups,
         pairs=integer_computes.fits_pairs(packed),
         pattern=FUSABLE_ROOT,
         **geometry,
     )
+
+
+def _along_channels(builder: Builder, numbers: np.ndarray, packed: np.ndarray) -> Any:
+    """One int32 for each output of packed weights."""
+    lanes = packed.shape[-1] // integer_computes.QUAD
+    padded = np.zeros(len(packed) * lanes, np.int32)
+    padded[: len(numbers)] = numbers
+    return builder.constant(padded.reshape(1, len(packed), 1, lanes))

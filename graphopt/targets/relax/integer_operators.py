@@ -28,7 +28,7 @@ def matmul_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
         return None
     matrix = np.ascontiguousarray(matrix.T)
     source, zero = _unsigned(builder, data, data_zero)
-    sums = row_sums(builder, builder.moved(source), data.shape, matrix)
+    sums = row_sums(builder, builder.moved(source), data.shape, matrix, np.zeros(len(matrix), np.int32))
     return [as_rows(builder, _corrected(builder, sums, matrix, zero), (*data.shape[:-1], len(matrix)))]
 
 
@@ -43,7 +43,8 @@ def conv_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | 
         return None
     source, zero = _unsigned(builder, data, data_zero)
     geometry = geometry_of(node, data.shape[2:], kernel.shape[2:])
-    made = dense_sums(builder, source, kernel, int(node.get("group", 1)), geometry, zero)
+    start = np.zeros(len(kernel), np.int32)
+    made = dense_sums(builder, source, kernel, start, int(node.get("group", 1)), geometry, zero)
     shape = (data.shape[0], len(kernel), *geometry["out_size"])
     return [_corrected(builder, Value(shape, "int32", blocked=made, block=int(made.ty.shape[3])), kernel, zero)]
 

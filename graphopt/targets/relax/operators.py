@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ def _unary(builder: Builder, value: Value, function: Callable, name: str, dtype:
         decode = value.encoded.decode
         return _unary(builder, value.encoded.source, lambda q: function(decode(q)), name, dtype)
     expression = elementwise.mapped(function, name)
-    if value.blocked is not None:
+    if value.is_blocked:
         source = builder.wide(value) if value.dtype == "float32" else value.blocked
         done = builder.call(expression, source, pattern=ELEMENTWISE, name=name)
         return [Value(value.shape, dtype, blocked=done, block=value.block)]
@@ -46,7 +47,7 @@ def clip(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     if data is None or data.shape is None or data.dtype != "float32":
         return None
     if node.op_type == "Relu":
-        return _unary(builder, data, elementwise.clip_of(0.0, None), "relu")
+        return _clipped(builder, data, 0.0, None, "relu")
     if node.opset < 11:
         bounds = [node.get("min", None), node.get("max", None)]
     else:
@@ -54,7 +55,14 @@ def clip(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         if any(v is not None and v.const is None for v in given):
             return None
         bounds = [_scalar(v) for v in given]
-    return _unary(builder, data, elementwise.clip_of(*bounds), "clip")
+    return _clipped(builder, data, bounds[0], bounds[1], "clip")
+
+
+def _clipped(builder: Builder, data: Value, low: float | None, high: float | None, name: str) -> list[Value]:
+    if data.sums is not None and data.readers == 1:
+        least, most = -math.inf if low is None else low, math.inf if high is None else high
+        return [replace(data, sums=data.sums.clipped(least, most))]
+    return _unary(builder, data, elementwise.clip_of(low, high), name)
 
 
 @emits("LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu")
@@ -163,6 +171,10 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         return [known.source]  # nothing happened to it since it was dequantized
     if dtype not in ("uint8", "int8", "int16", "uint16") or data.dtype != "float32":
         return None
+    if data.sums is not None and data.readers == 1 and dtype in computes.BYTES:
+        found = integer_layers.requantized(builder, data, factor, int(offset), dtype)
+        if found is not None:
+            return [found]
     return _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
 
 
@@ -319,7 +331,7 @@ def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     axis = int(node.get("axis", 1))
     if not values or any(not v.is_image for v in values) or axis % 4 != 1 or len({v.dtype for v in values}) != 1:
         return None
-    if not any(v.blocked is not None for v in values):
+    if not any(v.is_blocked for v in values):
         return None
     total = sum(v.channels for v in values)
     block = builder.block_for(total)

@@ -11,13 +11,14 @@ its result in float32; who asks for the value decides what becomes of it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import bfloat16, computes, elementwise
+from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes
 
 ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
@@ -51,9 +52,28 @@ class Encoded:
         return elementwise.dequantize_of(self.scale, self.zero_point)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """A layer's result before it is float32: sums * factors + offsets in each channel, then clipped."""
+
+    sums: Any
+    """A Relax expression in blocked form, int32 or float32."""
+    factors: np.ndarray
+    offsets: np.ndarray
+    """float64, one a channel."""
+    largest: np.ndarray
+    """What no sum of a channel exceeds in magnitude."""
+    low: float = -math.inf
+    high: float = math.inf
+
+    def clipped(self, low: float, high: float) -> Sums:
+        """The same with a Relu or Clip behind it."""
+        return replace(self, low=min(max(self.low, low), high), high=max(min(self.high, high), low))
+
+
 @dataclass
 class Value:
-    """One ONNX value; at least one of `const`, `plain`, `blocked`, `encoded` is there."""
+    """One ONNX value; at least one of `const`, `plain`, `blocked`, `encoded`, `sums` is there."""
 
     shape: tuple[int, ...] | None
     """Static shape in ONNX's layout; None when it depends on data."""
@@ -69,11 +89,17 @@ class Value:
     """True when every consumer is elementwise and in one kernel with the producer, so that nothing is stored."""
     encoded: Encoded | None = None
     """Of a dequantized activation: the bytes. Nothing is computed until somebody asks for float32."""
+    sums: Sums | None = None
+    """Of an integer layer's result: what it is computed from. Likewise."""
+    readers: int = 0
+    """How many nodes read the value; an output of the graph counts as one."""
 
     @property
     def is_blocked(self) -> bool:
         """True when the value is in blocked form already."""
-        return self.blocked is not None or (self.encoded is not None and self.encoded.source.blocked is not None)
+        if self.blocked is not None or self.sums is not None:
+            return True
+        return self.encoded is not None and self.encoded.source.blocked is not None
 
     @property
     def is_image(self) -> bool:
@@ -190,7 +216,7 @@ class Builder:
             else:
                 self.blocked(value)
         if value.plain is None:
-            assert value.shape is not None and value.blocked is not None
+            assert value.shape is not None and value.is_blocked
             _batch, channels, height, width = value.shape
             stored = self.blocked(value)
             if height * width == 1 and not value.has_filler:
@@ -211,6 +237,17 @@ class Builder:
             elementwise.mapped(encoded.decode, "dequantize"), stored, pattern=ELEMENTWISE, name="dequantize"
         )
 
+    def finished(self, result: Sums, block: int) -> Any:
+        """float32 of a layer's sums, in registers."""
+        along = [
+            block_array(x.astype(np.float32).reshape(1, -1, 1, 1), block) for x in (result.factors, result.offsets)
+        ]
+        bounds = [None if math.isinf(x) else x for x in (result.low, result.high)]
+        constants = [self.constant(x) for x in along]
+        return self.call(
+            integer_computes.rescale, result.sums, *constants, low=bounds[0], high=bounds[1], pattern=ELEMENTWISE
+        )
+
     def narrowed(self, value: Value):
         """The value in ONNX's layout, bfloat16 where the precision says so: an operand of a matrix product."""
         return self._stored(self.moved(value))
@@ -223,6 +260,9 @@ class Builder:
             return value.blocked
         if not value.is_image:
             return None
+        if value.sums is not None:
+            value.blocked = self._stored(self.finished(value.sums, value.block))
+            return value.blocked
         if value.encoded is not None:
             source = value.encoded.source
             value.blocked = self._stored(self._decoded(value.encoded, self.blocked(source)))
@@ -244,6 +284,7 @@ class Builder:
 
     def wide(self, value: Value) -> Any:
         """The value in blocked form and float32, for an elementwise operator; None when it has no blocked form."""
+        self._finish(value)
         if value.blocked is None or not value.fuses:
             self.blocked(value)
         return None if value.blocked is None else self.widened(value.blocked)
@@ -277,6 +318,8 @@ class Builder:
 
         The first is that of the kernel emitted first: it is the one the operator is fused into.
         """
+        for value in values:
+            self._finish(value)
         fresh = [v for v in values if v.blocked is not None and self._root_in(v) is not None]
         roots = {self._root_in(v) for v in fresh}
         for value in fresh:
@@ -287,7 +330,13 @@ class Builder:
         """The value in blocked form, float32 where it is in registers, else as it is stored."""
         if value.encoded is not None:
             return Operand(self.blocked(value.encoded.source), value.encoded.decode)
+        self._finish(value)
         return _operand(value.blocked if value.blocked is not None and value.fuses else self.blocked(value))
+
+    def _finish(self, value: Value) -> None:
+        """Have a layer's result in blocked form, float32 in registers."""
+        if value.blocked is None and value.sums is not None:
+            value.blocked = self.finished(value.sums, value.block)
 
     def readable(self, value: Value) -> Operand:
         """The value in ONNX's layout, for `combine`."""

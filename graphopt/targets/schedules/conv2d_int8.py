@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.targets.relax.integer_computes import START
 from graphopt.targets.schedules import dot
 from graphopt.targets.schedules.conv2d_blocked import before, decisions, predicted_cycles
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Step, Window
@@ -69,6 +70,7 @@ class IntegerLoops(ConvolutionLoops):
 
     ANCHOR = ANCHOR
     SUM = "int32"
+    START = START
 
     def __init__(self, workload: Workload):
         super().__init__(workload)

@@ -96,6 +96,8 @@ class ConvolutionLoops:
     ANCHOR = "conv2d"
     SUM = "float32"
     """Element type of the sums."""
+    START = ""
+    """The block behind the anchor that adds what sums start from, if there is one: one number a channel."""
 
     def __init__(self, workload: Workload):
         from tvm.ir.expr import TensorLoad
@@ -108,8 +110,12 @@ class ConvolutionLoops:
         self.vectors = out_lanes // self.lanes
         """Of one output block."""
         schedule = new_schedule(workload.func)
-        self.epilogue = schedule.get(inline_epilogue(schedule, self.ANCHOR))
-        self.sum = schedule.get(schedule.get_sblock(self.ANCHOR)).body.buffer
+        last = self.START or self.ANCHOR
+        self.start: Any = None
+        if self.START:  # sums + start
+            self.start = workload.blocks[self.START].body.value.b.source
+        self.epilogue = schedule.get(inline_epilogue(schedule, last))
+        self.sum = schedule.get(schedule.get_sblock(last)).body.buffer
         self.is_apart = extents(self.epilogue) != extents(self.block)[:4]
         """True when the epilogue broadcasts the convolution: then it is computed whole, and the epilogue follows."""
         self.product = self.block.body.value.b
@@ -243,7 +249,13 @@ class ConvolutionLoops:
                 for vector in range(self.vectors)
             ]
 
-        begin = self._vector(lambda v: [tirx.BufferStore(sums, zero, [k * lanes + v]) for k in every])
+        def first(k, v) -> Any:
+            if self.start is None:
+                return zero
+            out, vector = k // per_out, k % self.vectors
+            return self.start[0, place.group * self.window.out_blocks + place.out + out, 0, vector * lanes + v]
+
+        begin = self._vector(lambda v: [tirx.BufferStore(sums, first(k, v), [k * lanes + v]) for k in every])
         end = self._vector(results)
         if waiting is not None:
             memory, largest = waiting
