@@ -268,6 +268,28 @@ def test_an_operator_between_bytes_is_within_a_quantum(op, dtype):
     assert np.mean(found != wanted) < 0.02  # ties only
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("size", "pads"), [((5, 40), (0, 0, 0, 0)), ((6, 23), (1, 2, 1, 0)), ((4, 16), (3, 3, 3, 3))])
+@pytest.mark.parametrize("zero", [0, 114, 255])
+def test_a_picture_is_quantized_into_pixels(channels, size, pads, zero):
+    """The first layer: a wide picture takes the template, a frame of its zero point with it."""
+    rng = np.random.default_rng(channels)
+    x = (rng.standard_normal((2, channels, *size)) * 2).astype(np.float32)
+    made, held = quantized("x", 0.02, zero)
+    weight, constants = integer_weight("w", rng.uniform(-1, 1, (8, channels, 3, 3)).astype(np.float32))
+    built = model([*made, weight, node("Conv", ["xd", "wd"], ["y"], pads=pads)], {"x": x}, ["y"], held | constants)
+    funcs = pipeline.prim_funcs(TARGET.lower(built).module)
+    templates = [
+        schedules.choices(Workload(func.with_attr("global_symbol", "main"), TARGET.machine()))[0].template
+        for name, func in funcs.items()
+    ]
+    assert "pixels" in templates, list(funcs)
+    found, wanted = compiled(built, {"x": x})["y"], reference(built, {"x": x})["y"]
+    # where a quotient is within rounding of a tie, a byte may differ by one: a quantum times a weight
+    assert np.abs(found - wanted).max() <= 2 * 0.02 + 1e-4
+    assert np.mean(np.abs(found - wanted) > 1e-4) < 0.01
+
+
 def test_bytes_in_and_out():
     """The graph's own inputs and outputs keep their types."""
     rng = np.random.default_rng(2)

@@ -21,6 +21,8 @@ PAIRS = "graphopt.pairs"
 """Annotation of a block that multiplies bytes: 1 where two neighbouring products always fit 16 bits."""
 START = "start"
 """The block behind an integer anchor that adds what its sums start from."""
+PIXELS, SCALE = "graphopt.pixels", "graphopt.scale"
+"""Annotations of `pixels`."""
 QUAD = 4
 """Products that one lane of a dot-product instruction adds up."""
 
@@ -147,6 +149,34 @@ def pad_cells(data, filler, *, size: tuple[int, int], pads: tuple[int, int, int,
         return tirx.if_then_else(inside, data[n, c, y * width + x, v], filler[(0,) * len(filler.shape)])
 
     return te.compute((batch, blocks, high * wide, lanes), cell, name="pad_cells")
+
+
+def pixels(data, *, scale: float, zero_point: int, pads: tuple[int, int, int, int]):
+    """A picture (N, C, H, W) of at most four channels as blocked bytes, (N, 1, H' * W', 4), in a frame of zeros.
+
+    Absent channels are 0. `graphopt.pixels` tells its template H, W, pads (4) and the zero point.
+    """
+    from tvm import te, tirx
+
+    batch, channels, height, width = (int(d) for d in data.shape)
+    top, left, bottom, right = pads
+    high, wide = height + top + bottom, width + left + right
+    quantize = elementwise.quantize_of(scale, zero_point, "uint8")
+
+    def cell(n, c, p, v):
+        y, x = p // wide - top, p % wide - left
+        inside = tirx.all(y >= 0, y < height, x >= 0, x < width)
+        source = data[
+            n,
+            tirx.min(v, channels - 1),
+            tirx.max(tirx.min(y, height - 1), 0),
+            tirx.max(tirx.min(x, width - 1), 0),
+        ]
+        level = tirx.if_then_else(inside, quantize(source), tirx.const(zero_point, "uint8"))
+        return level if channels == QUAD else tirx.if_then_else(v < channels, level, tirx.const(0, "uint8"))
+
+    described = {PIXELS: [height, width, *pads, zero_point], SCALE: float(np.float32(scale)).hex()}
+    return te.compute((batch, 1, high * wide, QUAD), cell, name="pixels", attrs=described)
 
 
 def pad_rows(data, *, depth: int):

@@ -25,8 +25,10 @@ from graphopt.targets.relax.values import (
     ELEMENTWISE,
     FUSABLE_ROOT,
     INJECTIVE,
+    OPAQUE,
     Builder,
     Encoded,
+    Origin,
     Sums,
     Value,
     block_array,
@@ -258,12 +260,17 @@ def dense_sums(
 
     `frame` is a Relax tensor of one byte, which stands for zeros around the picture; None where that byte is 0.
     """
-    data, lanes_in = builder.blocked(source), source.block
     size, pads = geometry["size"], geometry["pads"]
-    if frame is not None and any(pads):
-        data = builder.call(integer_computes.pad_cells, data, frame, size=size, pads=pads, pattern=INJECTIVE)
-        framed = (size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3])
-        geometry = {**geometry, "size": framed, "pads": (0, 0, 0, 0)}
+    framed = frame is not None and any(pads)
+    if source.origin is not None and source.blocked is None:
+        data, lanes_in = _pixels(builder, source.origin, pads if framed else (0, 0, 0, 0)), integer_computes.QUAD
+    else:
+        data, lanes_in = builder.blocked(source), source.block
+        if framed:
+            data = builder.call(integer_computes.pad_cells, data, frame, size=size, pads=pads, pattern=INJECTIVE)
+    if framed:
+        whole = (size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3])
+        geometry = {**geometry, "size": whole, "pads": (0, 0, 0, 0)}
     lanes_out = builder.block_for(kernel.shape[0])
     kernel, groups = merge_groups(kernel, groups, lanes_in, lanes_out)
     packed = integer_computes.pack_weight(kernel, lanes_in, lanes_out)
@@ -276,6 +283,18 @@ def dense_sums(
         pairs=integer_computes.fits_pairs(packed),
         pattern=FUSABLE_ROOT,
         **geometry,
+    )
+
+
+def _pixels(builder: Builder, origin: Origin, pads: tuple[int, int, int, int]) -> Any:
+    """A picture of at most four channels quantized, blocked and framed in one pass."""
+    return builder.call(
+        integer_computes.pixels,
+        origin.expression,
+        scale=origin.scale,
+        zero_point=origin.zero_point,
+        pads=pads,
+        pattern=OPAQUE,
     )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, elementwise, integer_layers, views
+from graphopt.targets.relax import computes, elementwise, integer_computes, integer_layers, views
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Encoded, Value
+from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Encoded, Origin, Value
 
 # ---- elementwise
 
@@ -175,7 +175,10 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         found = integer_layers.requantized(builder, data, factor, int(offset), dtype)
         if found is not None:
             return [found]
-    return _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
+    found = _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
+    if dtype == "uint8" and data.is_image and data.channels <= integer_computes.QUAD and found[0].blocked is None:
+        found[0].origin = Origin(builder.plain(data), factor, int(offset))
+    return found
 
 
 # ---- pooling and reductions

@@ -53,6 +53,15 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What bytes were quantized from: a float32 Relax expression in ONNX's layout."""
+
+    expression: Any
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
 class Sums:
     """A layer's result before it is float32: sums * factors + offsets in each channel, then clipped."""
 
@@ -91,6 +100,8 @@ class Value:
     """Of a dequantized activation: the bytes. Nothing is computed until somebody asks for float32."""
     sums: Sums | None = None
     """Of an integer layer's result: what it is computed from. Likewise."""
+    origin: Origin | None = None
+    """Of a quantized picture of few channels that is not blocked yet: whoever blocks it quantizes on the way."""
     readers: int = 0
     """How many nodes read the value; an output of the graph counts as one."""
 

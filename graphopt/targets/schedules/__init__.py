@@ -23,6 +23,7 @@ from graphopt.targets.schedules import (
     matmul_blocked,
     matmul_packed,
     matmul_row,
+    pixels,
     rowwise,
     window,
     winograd,
@@ -42,6 +43,7 @@ TEMPLATES: tuple[ModuleType, ...] = (
     matmul_packed,
     batch_matmul,
     rowwise,
+    pixels,
     concat_lanes,
 )
 """In the order of their first guesses: the first template that matches gives a kernel's decision without a search."""

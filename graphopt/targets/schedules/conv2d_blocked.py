@@ -94,6 +94,8 @@ def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
     registers = workload.machine.registers
     vectors = max(window.out_lanes // workload.machine.lanes, 1)
     found = []
+    if window.rows.extent * window.columns.extent == 1:  # one row times a matrix: enough sums to hide their latency
+        return [(1, 1, outs) for outs in (4, 8, 12, 2, 1) if outs <= window.out_blocks]
     for outs in range(1, min(4, window.out_blocks) + 1):
         if window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1

@@ -13,7 +13,7 @@ from typing import Any
 from graphopt.targets.relax.bfloat16 import DTYPE
 from graphopt.targets.relax.computes import WINDOW
 from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
-from graphopt.targets.schedules.loops import choose, loop, loop_from, nest, sequence
+from graphopt.targets.schedules.loops import choose, loop, loop_from, nest, rooted, sequence
 from graphopt.targets.schedules.register_tiles import Axis, Run
 from graphopt.targets.schedules.workload import Workload, extents, nodes
 
@@ -136,7 +136,7 @@ class DepthwiseLoops:
             return choose(t, row_runs, lambda run, i: row_tile(n, block, run, run.first + i * run.size))
 
         sizes = {"n": window.batch, "block": window.blocks, "row": sum(run.count for run in row_runs)}
-        return self.func.with_body(_root(nest(sizes, at, parallel)))
+        return self.func.with_body(rooted(nest(sizes, at, parallel)))
 
     def _tile(self, place: _Place, rows: Run, columns: Run) -> Any:
         """Start, add every term, store through the epilogue."""
@@ -283,13 +283,6 @@ def _patch(axis: Axis, run: Run) -> dict[int, list[tuple[int, int]]]:
             for output in taps.outputs:
                 found.setdefault(output * axis.stride + tap * axis.dilation, []).append((output, tap))
     return dict(sorted(found.items()))
-
-
-def _root(body) -> Any:
-    """A block around all: TVM looks for one in functions of a single operand, which might only reshape it."""
-    from tvm import s_tir, tirx
-
-    return s_tir.SBlockRealize([], tirx.const(True, "bool"), s_tir.SBlock([], [], [], "root", body))
 
 
 def _loads(tree) -> list[Any]:

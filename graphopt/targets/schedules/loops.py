@@ -66,3 +66,10 @@ def choose(number, runs: Sequence[Run], body: Callable[[Run, Any], Any]) -> Any:
         return tirx.IfThenElse(number < before + run.count, here, level(k + 1, before + run.count))
 
     return level(0, 0)
+
+
+def rooted(body) -> Any:
+    """A block around all: TVM looks for one in functions of a single operand, which might only reshape it."""
+    from tvm import s_tir, tirx
+
+    return s_tir.SBlockRealize([], tirx.const(True, "bool"), s_tir.SBlock([], [], [], "root", body))
