@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, elementwise, integer_computes, integer_layers, views
+from graphopt.targets.relax import byte_functions, computes, elementwise, integer_computes, integer_layers, views
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
 from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Encoded, Origin, Value
@@ -22,11 +22,22 @@ from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Bui
 # ---- elementwise
 
 
-def _unary(builder: Builder, value: Value, function: Callable, name: str, dtype: str | None = None) -> list[Value]:
+def _unary(
+    builder: Builder,
+    value: Value,
+    function: Callable,
+    name: str,
+    dtype: str | None = None,
+    numbers: Callable | None = None,
+) -> list[Value]:
+    """`function` of every element; `numbers` is the same for numpy arrays, where there is such a form."""
+    found = byte_functions.applied(builder, value, function, numbers)
+    if found is not None:
+        return [found]
     dtype = dtype or value.dtype
-    if value.encoded is not None:  # read the bytes: a float32 value made of them could end up in memory
-        decode = value.encoded.decode
-        return _unary(builder, value.encoded.source, lambda q: function(decode(q)), name, dtype)
+    if value.coded is not None:  # read the bytes: a float32 value made of them could end up in memory
+        decode = value.coded.decode
+        return _unary(builder, value.coded.source, lambda q: function(decode(q)), name, dtype)
     expression = elementwise.mapped(function, name)
     if value.is_blocked:
         source = builder.wide(value) if value.dtype == "float32" else value.blocked
@@ -62,7 +73,7 @@ def _clipped(builder: Builder, data: Value, low: float | None, high: float | Non
     if data.sums is not None and data.readers == 1:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
         return [replace(data, sums=data.sums.clipped(least, most))]
-    return _unary(builder, data, elementwise.clip_of(low, high), name)
+    return _unary(builder, data, elementwise.clip_of(low, high), name, numbers=partial(np.clip, min=low, max=high))
 
 
 @emits("LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu")
@@ -83,7 +94,25 @@ def activation(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     }[node.op_type]()
     if node.op_type == "Exp" and data.has_filler:
         return None
-    return _unary(builder, data, function, node.op_type.lower())
+    return _unary(builder, data, function, node.op_type.lower(), numbers=_numbers(node))
+
+
+def _numbers(node: Node) -> Callable:
+    """An activation as a function of float64 arrays."""
+    alpha, beta = float(node.get("alpha", 0.01 if node.op_type == "LeakyRelu" else 0.2)), float(node.get("beta", 0.5))
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return {
+        "LeakyRelu": lambda x: np.where(x < 0, alpha * x, x),
+        "HardSigmoid": lambda x: np.clip(alpha * x + beta, 0, 1),
+        "HardSwish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+        "Sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -700, 700))),
+        "Tanh": np.tanh,
+        "Exp": np.exp,
+        "Erf": erf,
+        "Gelu": (lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+        if _tanh_form(node)
+        else (lambda x: x / 2 * (1 + erf(x * np.sqrt(0.5)))),
+    }[node.op_type]
 
 
 def _tanh_form(node: Node) -> bool:
@@ -122,6 +151,9 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
         b = Value(b.shape, b.dtype, const=np.full(b.shape or (), 1 / divisor, np.float32))
         operation, divides = "multiply", False
     shape = np.broadcast_shapes(a.shape, b.shape or ())
+    found = _of_bytes(builder, operation, a, b) if shape == a.shape else None
+    if found is not None:
+        return found
     factor = _scalar(b) if operation == "multiply" else None
     if isinstance(a, views.Strided) and factor is not None and shape == a.shape:
         return a.scaled(factor)
@@ -134,6 +166,14 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
             done = builder.combine(operation, left, right)
             return Value(shape, a.dtype, blocked=done, block=like.lanes)
     return Value(shape, a.dtype, plain=builder.combine(operation, builder.readable(a), builder.readable(b)))
+
+
+def _of_bytes(builder: Builder, operation: str, a: Value, b: Value) -> Value | None:
+    """Two functions of the same bytes, or one and a number, as one function of bytes."""
+    number = _scalar(b)
+    if number is None or operation not in byte_functions.BINARY:
+        return byte_functions.joined(builder, operation, a, b)
+    return byte_functions.with_number(builder, operation, a, number)
 
 
 def _spans(value: Value, shape: tuple[int, ...]) -> bool:
@@ -163,7 +203,8 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         if data.dtype not in ("uint8", "int8", "int16", "uint16", "int32"):
             return None
         if data.dtype in computes.BYTES:
-            return [Value(data.shape, "float32", encoded=Encoded(data, factor, int(offset)))]
+            levels = byte_functions.dequantized(builder, data, factor, int(offset))
+            return [Value(data.shape, "float32", encoded=Encoded(data, factor, int(offset)), levels=levels)]
         return _unary(builder, data, elementwise.dequantize_of(factor, int(offset)), "dequantize", "float32")
     dtype = "uint8" if zero is None else zero.dtype
     known = data.encoded
@@ -175,6 +216,9 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         found = integer_layers.requantized(builder, data, factor, int(offset), dtype)
         if found is not None:
             return [found]
+    looked_up = byte_functions.quantized(builder, data, factor, int(offset), dtype) if dtype in computes.BYTES else None
+    if looked_up is not None:
+        return [looked_up]
     found = _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
     if dtype == "uint8" and data.is_image and data.channels <= integer_computes.QUAD and found[0].blocked is None:
         found[0].origin = Origin(builder.plain(data), factor, int(offset))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes
+from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes, lookup
 
 ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
@@ -50,6 +50,26 @@ class Encoded:
     def decode(self) -> Callable:
         """From an element of the source to the number it stands for."""
         return elementwise.dequantize_of(self.scale, self.zero_point)
+
+    @property
+    def levels(self) -> Levels | None:
+        """The same as a function of bytes; None where these have a sign."""
+        if self.source.dtype != "uint8":
+            return None
+        table = (np.arange(256, dtype=np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+        return Levels(self.source, self.decode, table)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """float32 values that are a function of bytes."""
+
+    source: Value
+    """uint8."""
+    decode: Callable
+    """From an element of the source to the number it stands for."""
+    table: np.ndarray
+    """float32: that number for each of the 256 bytes."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,11 @@ class Value:
     """True when every consumer is elementwise and in one kernel with the producer, so that nothing is stored."""
     encoded: Encoded | None = None
     """Of a dequantized activation: the bytes. Nothing is computed until somebody asks for float32."""
+    levels: Levels | None = None
+    """Of what elementwise operators made of dequantized bytes: the function. Likewise; beside `encoded` where it is
+    also what other bytes stand for."""
+    made_of: Levels | None = None
+    """Of bytes that were looked up in a table: what they were quantized from."""
     sums: Sums | None = None
     """Of an integer layer's result: what it is computed from. Likewise."""
     origin: Origin | None = None
@@ -106,11 +131,16 @@ class Value:
     """How many nodes read the value; an output of the graph counts as one."""
 
     @property
+    def coded(self) -> Encoded | Levels | None:
+        """The bytes that the value is a function of, and the function."""
+        return self.encoded or self.levels
+
+    @property
     def is_blocked(self) -> bool:
         """True when the value is in blocked form already."""
         if self.blocked is not None or self.sums is not None:
             return True
-        return self.encoded is not None and self.encoded.source.blocked is not None
+        return self.coded is not None and self.coded.source.blocked is not None
 
     @property
     def is_image(self) -> bool:
@@ -124,7 +154,7 @@ class Value:
     @property
     def lanes(self) -> int:
         """Channels of a block, of the value or of the bytes it stands for; 0 where neither is blocked."""
-        return self.block or (self.encoded.source.block if self.encoded is not None else 0)
+        return self.block or (self.coded.source.block if self.coded is not None else 0)
 
     @property
     def has_filler(self) -> bool:
@@ -143,6 +173,11 @@ class Builder:
         self.lanes = lanes
         self.precision = precision
         self._roots: dict[str, int] = {}
+
+    @property
+    def looks_up(self) -> bool:
+        """True where a table of 256 bytes fits a few vector registers."""
+        return self.lanes == lookup.LANES
 
     @property
     def narrows(self) -> bool:
@@ -221,9 +256,9 @@ class Builder:
 
         if value.plain is None and value.const is not None:
             value.plain = self.constant(value.const)
-        if value.plain is None and value.encoded is not None:
-            if value.encoded.source.blocked is None:
-                value.plain = self._decoded(value.encoded, self.moved(value.encoded.source))
+        if value.plain is None and value.coded is not None:
+            if value.coded.source.blocked is None:
+                value.plain = self._decoded(value.coded, self.moved(value.coded.source))
             else:
                 self.blocked(value)
         if value.plain is None:
@@ -242,7 +277,7 @@ class Builder:
                 )
         return value.plain
 
-    def _decoded(self, encoded: Encoded, stored: Any) -> Any:
+    def _decoded(self, encoded: Encoded | Levels, stored: Any) -> Any:
         """float32 of the bytes, as an operator of its own: for those who know of no bytes."""
         return self.call(
             elementwise.mapped(encoded.decode, "dequantize"), stored, pattern=ELEMENTWISE, name="dequantize"
@@ -274,9 +309,9 @@ class Builder:
         if value.sums is not None:
             value.blocked = self._stored(self.finished(value.sums, value.block))
             return value.blocked
-        if value.encoded is not None:
-            source = value.encoded.source
-            value.blocked = self._stored(self._decoded(value.encoded, self.blocked(source)))
+        if value.coded is not None:
+            source = value.coded.source
+            value.blocked = self._stored(self._decoded(value.coded, self.blocked(source)))
             value.block = source.block
             return value.blocked
         assert value.shape is not None
@@ -339,8 +374,8 @@ class Builder:
 
     def _as_it_is(self, value: Value) -> Operand:
         """The value in blocked form, float32 where it is in registers, else as it is stored."""
-        if value.encoded is not None:
-            return Operand(self.blocked(value.encoded.source), value.encoded.decode)
+        if value.coded is not None:
+            return Operand(self.blocked(value.coded.source), value.coded.decode)
         self._finish(value)
         return _operand(value.blocked if value.blocked is not None and value.fuses else self.blocked(value))
 
@@ -351,8 +386,8 @@ class Builder:
 
     def readable(self, value: Value) -> Operand:
         """The value in ONNX's layout, for `combine`."""
-        if value.encoded is not None:
-            return Operand(self.moved(value.encoded.source), value.encoded.decode)
+        if value.coded is not None:
+            return Operand(self.moved(value.coded.source), value.coded.decode)
         return Operand(self.plain(value))
 
     def _root_in(self, value: Value) -> int | None:
