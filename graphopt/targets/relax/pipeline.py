@@ -17,7 +17,9 @@ def fuse(module, chains: bool = True):
     import tvm
     from tvm.relax import transform
 
-    module = tvm.transform.Sequential([transform.LegalizeOps(), transform.AnnotateTIROpPattern()])(module)
+    # What nobody reads goes first: a kernel with two readers, one of them dead, would be fused with neither.
+    stages = [transform.DeadCodeElimination(), transform.LegalizeOps(), transform.AnnotateTIROpPattern()]
+    module = tvm.transform.Sequential(stages)(module)
     fusion = [transform.FuseOps(), transform.FuseTIR()] if chains else []
     if chains:
         module = long_expressions.kept_apart(module)
