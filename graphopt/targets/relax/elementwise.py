@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax import rounding
+
 _EXP = (1.381459878757596e-3, 8.368716575205326e-3, 4.166838899254799e-2, 1.666652113199234e-1, 4.999999403953552e-1)
 """Coefficients of r^6 to r^2; those of r and 1 are 1."""
-ROUND = 12582912.0
+_ROUND = 12582912.0
 """1.5 * 2^23: added to a small number it leaves the nearest integer in the low bits of the sum."""
-ROUND_BITS = 0x4B400000
-"""Its bits."""
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _ERF = (
     -0.0009000014397315681, 0.0021241232752799988, -0.001192202907986939, 0.0018333734478801489,
@@ -52,7 +52,7 @@ def _exp_in_range(x, sign: float = 1.0):
     from tvm import tirx
 
     def reduced(shifted):
-        n = shifted - _f(ROUND)
+        n = shifted - _f(_ROUND)
         return _let(n, lambda n: (x * _f(sign) - n * _f(0.693359375)) - n * _f(-2.12194440e-4))
 
     def scaled(shifted):
@@ -63,7 +63,7 @@ def _exp_in_range(x, sign: float = 1.0):
         exponent: Any = tirx.reinterpret("int32", shifted)
         return tirx.reinterpret("float32", bits + (exponent << 23))
 
-    return _let(x * _f(sign * 1.44269504088896341) + _f(ROUND), scaled)
+    return _let(x * _f(sign * 1.44269504088896341) + _f(_ROUND), scaled)
 
 
 def divides(lanes: int) -> bool:
@@ -194,21 +194,16 @@ def hard_swish_of(x):
 
 
 def quantize_of(scale: float, zero_point: int, dtype: str) -> Callable:
-    """ONNX QuantizeLinear to an integer of at most 16 bits: scale, round half to even, shift, saturate.
-
-    It multiplies by the reciprocal: a quotient within half a unit in the last place of a tie may round the other way.
-    Saturated first, the number is rounded by adding `ROUND`; the sum's low bits are the integer.
-    """
+    """ONNX QuantizeLinear to an integer of at most 16 bits: divide, round half to even, shift, saturate."""
     info = np.iinfo(dtype)
-    inverse = np.float32(1) / np.float32(scale)
 
     def apply(x):
         from tvm import tirx
 
-        level = x * _f(inverse) if np.isfinite(inverse) else x / _f(scale)
+        level = x / _f(scale)
         bounded: Any = tirx.max(tirx.min(level, _f(info.max - zero_point)), _f(info.min - zero_point))
-        bits: Any = tirx.reinterpret("int32", bounded + _f(ROUND))
-        return (bits + zero_point if zero_point else bits).astype(dtype)
+        whole: Any = rounding.rounded(bounded)
+        return (whole + zero_point if zero_point else whole).astype(dtype)
 
     return apply
 

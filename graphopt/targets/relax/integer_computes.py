@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import elementwise
+from graphopt.targets.relax import elementwise, rounding
 from graphopt.targets.relax.computes import ROW, WINDOW
 
 PAIRS = "graphopt.pairs"
@@ -80,6 +80,13 @@ def conv2d(
     return te.compute(sums.shape, lambda n, o, p, v: sums[n, o, p, v] + start[0, o, 0, v], name=START)
 
 
+def start_from(sums, start):
+    """Sums plus one number a channel, (1, C / b, 1, b)."""
+    from tvm import te
+
+    return te.compute(sums.shape, lambda n, o, p, v: sums[n, o, p, v] + start[0, o, 0, v], name=START)
+
+
 def rescale(sums, factor, offset, *, low: float | None, high: float | None):
     """float32 sums * factor + offset, with one of each a channel, (1, M / ocb, 1, ocb), between `low` and `high`."""
     from tvm import te
@@ -96,23 +103,71 @@ def rescale(sums, factor, offset, *, low: float | None, high: float | None):
 def requantize(sums, factor, *offset, scheme: tuple[int, int, int], dtype: str):
     """Bytes of sums * factor (+ offset, where there is one), rounded half to even, plus a zero point, saturated.
 
-    `scheme`: the zero point, the least byte and the largest one. |sums * factor + offset| must be below 2^21, so that
-    adding 1.5 * 2^23 leaves the rounded number in the low bits; one fused multiply-add does both.
+    `scheme`: the zero point, the least byte and the largest one. |sums * factor + offset| must be below 2^31. The
+    product is rounded to float32 before it is rounded to an integer, as in ONNX Runtime's kernels.
     """
-    from tvm import te, tirx
-
-    zero_point, least, largest = scheme
-    shift = elementwise.ROUND_BITS - zero_point
+    from tvm import te
 
     def cell(n, o, p, v):
         number: Any = sums[n, o, p, v].astype("float32") * factor[0, o, 0, v]
         if offset:
             number = number + offset[0][0, o, 0, v]
-        bits: Any = tirx.reinterpret("int32", number + tirx.const(elementwise.ROUND, "float32"))
-        bounded: Any = tirx.min(tirx.max(bits - shift, least), largest)
-        return bounded.astype(dtype)
+        return saturated(number, scheme, dtype)
 
     return te.compute(sums.shape, cell, name="requantize")
+
+
+def saturated(number, scheme: tuple[int, int, int], dtype: str):
+    """A float32 expression as a byte: rounded half to even, plus the zero point, within the bounds of `scheme`."""
+    from tvm import tirx
+
+    zero_point, least, largest = scheme
+    whole: Any = rounding.rounded(number)
+    bounded: Any = tirx.min(tirx.max(whole + zero_point if zero_point else whole, least), largest)
+    return bounded.astype(dtype)
+
+
+def add_bytes(a, b, *, factors: tuple[float, float], offset: float, bounds: tuple[int, int], dtype: str):
+    """Bytes of a * factors[0] + (b * factors[1] + offset), rounded half to even and saturated; b may broadcast.
+
+    Two fused multiply-adds in this order, with both zero points and that of the result in the offset: as ONNX Runtime's
+    QLinearAdd computes on x86.
+    """
+    from tvm import te, tirx
+
+    first, second, rest = (tirx.const(float(np.float32(x)), "float32") for x in (*factors, offset))
+
+    def cell(*i):
+        left, right = (x[_within(x, i)].astype("float32") for x in (a, b))
+        return saturated(left * first + (right * second + rest), (0, *bounds), dtype)
+
+    return te.compute(_whole(a, b), cell, name="add_bytes")
+
+
+def multiply_bytes(a, b, *, zero_points: tuple[int, int], factor: float, scheme: tuple[int, int, int], dtype: str):
+    """Bytes of (a - zero_points[0]) * (b - zero_points[1]) * factor, rounded half to even, plus a zero point,
+    saturated; b may broadcast."""
+    from tvm import te, tirx
+
+    times = tirx.const(float(np.float32(factor)), "float32")
+
+    def cell(*i):
+        left, right = (
+            (x[_within(x, i)].astype("int32") - z).astype("float32") for x, z in zip((a, b), zero_points, strict=True)
+        )
+        return saturated(left * right * times, scheme, dtype)
+
+    return te.compute(_whole(a, b), cell, name="multiply_bytes")
+
+
+def _whole(a, b) -> tuple[int, ...]:
+    shapes = [tuple(int(d) for d in x.shape) for x in (a, b)]
+    return np.broadcast_shapes(*shapes)
+
+
+def _within(tensor, indices):
+    """Indices of the element that broadcasts to `indices`."""
+    return tuple(0 if int(d) == 1 else i for d, i in zip(tensor.shape, indices, strict=True))
 
 
 def less_zero_point(sums, weights, zero_point):

@@ -82,10 +82,10 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
         if weights.integers[0].size > EXACT_TAPS:
             return None
-        plan = _planned(encoded, weights, bias, exact=False)
-        sums = _depthwise(builder, encoded, weights.integers, geometry)
+        plan = _planned(encoded.scale, 0, weights, bias, FLOAT_SUMS)
+        sums = _depthwise(builder, encoded, weights.integers, plan.start, geometry)
     else:
-        plan = _planned(encoded, weights, bias, exact=True)
+        plan = _planned(encoded.scale, encoded.zero_point, weights, bias, INTEGER_SUMS)
         frame = builder.constant(np.full(1, encoded.zero_point, np.uint8)) if encoded.zero_point else None
         sums = dense_sums(builder, encoded.source, weights.integers, plan.start, groups, geometry, frame)
     shape = (data.shape[0], weights.integers.shape[0], *geometry["out_size"])
@@ -108,44 +108,41 @@ class _Plan:
         return Value(shape, "float32", sums=found, block=int(sums.ty.shape[3]))
 
 
-def _planned(encoded: Encoded, weights: Weights, bias: Value | np.ndarray | None, *, exact: bool) -> _Plan:
-    """`exact`: sums are int32 of what is stored; else float32 of differences from the zero point, and start from 0."""
+FLOAT_SUMS, INTEGER_SUMS = 1 << 24, 1 << 31
+"""Sums below this are exact: in float32, in int32."""
+
+
+def _planned(scale: float, zero_point: int, weights: Weights, bias: Value | np.ndarray | None, limit: int) -> _Plan:
+    """For data of this scale; `zero_point` is 0 where it was taken away before multiplying. Sums stay below `limit`."""
     rows = weights.integers.reshape(len(weights.integers), -1).astype(np.int64)
-    factors = encoded.scale * weights.scales
+    factors = scale * weights.scales
     offsets = np.zeros(len(rows))
     constant = bias.const if isinstance(bias, Value) else bias
     if constant is not None:
         offsets = offsets + constant.reshape(-1).astype(np.float64)
     largest = 255.0 * np.abs(rows).sum(axis=1)
-    start = np.zeros(len(rows), np.int64)
-    if exact:
-        offsets = offsets - encoded.zero_point * rows.sum(axis=1) * factors
-        whole = np.rint(offsets / np.where(factors > 0, factors, 1.0))
-        fits = (factors > 0) & (np.abs(whole) + largest < 2**31)
-        start = np.where(fits, whole, 0).astype(np.int64)
-        offsets = offsets - start * factors
-    return _Plan(factors, start.astype(np.int32), offsets, largest + np.abs(start))
+    offsets = offsets - zero_point * rows.sum(axis=1) * factors
+    whole = np.rint(offsets / np.where(factors > 0, factors, 1.0))
+    fits = (factors > 0) & (np.abs(whole) + largest < limit)
+    start = np.where(fits, whole, 0).astype(np.int64)
+    return _Plan(factors, start.astype(np.int32), offsets - start * factors, largest + np.abs(start))
 
 
 LEAST_OFFSET = 1 / 256
 """Of a quantum: what is left of a bias in integers is forgotten when a result is quantized and this is smaller."""
-MOST_QUANTA = 1 << 21
-"""Numbers up to this are rounded by adding 1.5 * 2^23."""
+MOST_QUANTA = 1 << 30
+"""Numbers up to this, and zero points, fit 32 bits when they are rounded."""
 
 
 def requantized(builder: Builder, value: Value, scale: float, zero_point: int, dtype: str) -> Value | None:
     """A layer's result as bytes, straight from its sums; None where its sums may be too large for that."""
     result = value.sums
     assert result is not None
-    step = float(np.float32(scale))
-    factors, offsets = result.factors / step, result.offsets / step
+    factors = quanta(result.factors, result.divisor, scale)
+    offsets = result.offsets / np.float32(scale)
     if (result.largest * factors + np.abs(offsets)).max(initial=0.0) >= MOST_QUANTA:
         return None
-    info = np.iinfo(dtype)
-    bounds = []
-    for bound, saturated in ((result.low, info.min), (result.high, info.max)):
-        level = saturated if np.isinf(bound) else int(np.rint(np.float32(bound) / np.float32(scale))) + zero_point
-        bounds.append(int(min(max(level, info.min), info.max)))
+    bounds = bounds_of(result.low, result.high, scale, zero_point, dtype)
     arrays = [factors] if np.abs(offsets).max(initial=0.0) < LEAST_OFFSET else [factors, offsets]
     along = [block_array(x.astype(np.float32).reshape(1, -1, 1, 1), value.block) for x in arrays]
     done = builder.call(
@@ -185,7 +182,7 @@ def product(
     matrix = weights.integers if transposed else np.ascontiguousarray(weights.integers.T)
     if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
-    plan = _planned(encoded, Weights(matrix, weights.scales), bias, exact=True)
+    plan = _planned(encoded.scale, encoded.zero_point, Weights(matrix, weights.scales), bias, INTEGER_SUMS)
     sums = row_sums(builder, builder.moved(encoded.source), data.shape, matrix, plan.start)
     assert sums.shape is not None
     done = plan.result(sums.shape, sums.blocked)
@@ -232,12 +229,91 @@ def as_rows(builder: Builder, done: Value, shape: tuple[int, ...]) -> Value:
     return Value(shape, done.dtype, plain=plain)
 
 
-def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, geometry: dict[str, Any]):
+def joint_bytes(builder: Builder, value: Value, scale: float, zero_point: int, dtype: str) -> Value | None:
+    """The sum or product of two dequantized values as bytes; None where numbers may be too large for that."""
+    joint = value.joint
+    assert joint is not None
+    a, b = joint.a, joint.b
+    bounds = bounds_of(joint.low, joint.high, scale, zero_point, dtype)
+    step, first, second = np.float32(scale), np.float32(a.scale), np.float32(b.scale)
+    if joint.operation == "add":
+        factors = first / step, second / step
+        offset = np.float32(zero_point) - (
+            factors[0] * np.float32(a.zero_point) + factors[1] * np.float32(b.zero_point)
+        )
+        if 255 * float(sum(factors)) + abs(float(offset)) >= MOST_QUANTA:
+            return None
+        done = builder.call(
+            integer_computes.add_bytes,
+            *joint.stored,
+            factors=(float(factors[0]), float(factors[1])),
+            offset=float(offset),
+            bounds=bounds,
+            dtype=dtype,
+            pattern=_pattern(*joint.stored),
+        )
+    else:
+        factor = first * second / step
+        if 255.0 * 255.0 * float(factor) >= MOST_QUANTA:
+            return None
+        done = builder.call(
+            integer_computes.multiply_bytes,
+            *joint.stored,
+            zero_points=(a.zero_point, b.zero_point),
+            factor=float(factor),
+            scheme=(zero_point, *bounds),
+            dtype=dtype,
+            pattern=_pattern(*joint.stored),
+        )
+    return Value(value.shape, dtype, blocked=done, block=value.block)
+
+
+def _pattern(*operands: Any) -> int:
+    """How a kernel of these operands fuses: computed once, not once for each element it broadcasts to."""
+    shapes = {tuple(int(d) for d in each.ty.shape.values) for each in operands}
+    return ELEMENTWISE if len(shapes) == 1 else INJECTIVE
+
+
+def spatial_sum(builder: Builder, data: Value, encoded: Encoded, mean: bool) -> Value:
+    """Sum or mean over H * W of dequantized bytes."""
+    assert data.shape is not None
+    area = data.shape[2] * data.shape[3]
+    sums = builder.call(
+        computes.spatial_sum,
+        builder.blocked(encoded.source),
+        mean=False,
+        zero_point=encoded.zero_point,
+        pattern=FUSABLE_ROOT,
+    )
+    channels = data.shape[1]
+    found = Sums(
+        sums, np.full(channels, encoded.scale), np.zeros(channels), np.full(channels, 255.0 * area),
+        float(area) if mean else 1.0,
+    )  # fmt: skip
+    return Value((*data.shape[:2], 1, 1), "float32", sums=found, block=encoded.source.block)
+
+
+def quanta(factors: np.ndarray, divisor: float, scale: float) -> np.ndarray:
+    """float32: what a sum counts in quanta of `scale`, in the order of operations that ONNX Runtime has."""
+    return factors.astype(np.float32) / np.float32(np.float32(scale) * np.float32(divisor))
+
+
+def bounds_of(low: float, high: float, scale: float, zero_point: int, dtype: str) -> tuple[int, int]:
+    """The least and the largest byte of numbers clipped to [low, high]: quantizing is monotonic."""
+    info = np.iinfo(dtype)
+    found = []
+    for bound, saturated in ((low, info.min), (high, info.max)):
+        level = saturated if np.isinf(bound) else int(np.rint(np.float32(bound) / np.float32(scale))) + zero_point
+        found.append(int(min(max(level, info.min), info.max)))
+    return found[0], found[1]
+
+
+def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, start: np.ndarray, geometry: dict[str, Any]):
     source = builder.blocked(encoded.source)
     channels, _, k_h, k_w = kernel.shape
     filters = block_array(kernel.astype(np.float32).reshape(1, channels, k_h, k_w), encoded.source.block)[0]
     shaped = filters.reshape(filters.shape[0], k_h, k_w, encoded.source.block)
-    return builder.call(
+    sums = builder.call(
         computes.depthwise,
         source,
         builder.constant(shaped),
@@ -245,6 +321,10 @@ def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, geometry:
         pattern=FUSABLE_ROOT,
         **geometry,
     )
+    if not np.any(start):
+        return sums
+    first = builder.constant(block_array(start.astype(np.float32).reshape(1, -1, 1, 1), encoded.source.block))
+    return builder.call(integer_computes.start_from, sums, first, pattern=ELEMENTWISE)
 
 
 def dense_sums(

@@ -17,7 +17,17 @@ import numpy as np
 from graphopt.targets.relax import byte_functions, computes, elementwise, integer_computes, integer_layers, views
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
-from graphopt.targets.relax.values import ELEMENTWISE, FUSABLE_ROOT, OPAQUE, Builder, Encoded, Origin, Value
+from graphopt.targets.relax.values import (
+    ELEMENTWISE,
+    FUSABLE_ROOT,
+    OPAQUE,
+    Builder,
+    Encoded,
+    Joint,
+    Origin,
+    Value,
+    element_type,
+)
 
 # ---- elementwise
 
@@ -73,6 +83,9 @@ def _clipped(builder: Builder, data: Value, low: float | None, high: float | Non
     if data.sums is not None and data.readers == 1:
         least, most = -math.inf if low is None else low, math.inf if high is None else high
         return [replace(data, sums=data.sums.clipped(least, most))]
+    if data.joint is not None and data.readers == 1:
+        least, most = -math.inf if low is None else low, math.inf if high is None else high
+        return [replace(data, joint=data.joint.clipped(least, most))]
     return _unary(builder, data, elementwise.clip_of(low, high), name, numbers=partial(np.clip, min=low, max=high))
 
 
@@ -163,9 +176,18 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
             continue
         left, right = builder.operand(a, like), builder.operand(b, like)
         if left is not None and right is not None:
+            if a.encoded is not None and b.encoded is not None and operation in ("add", "multiply"):
+                stored = left.expression, right.expression
+                joint = Joint(operation, a.encoded, b.encoded, stored) if _are_bytes(*stored) else None
+                if joint is not None:
+                    return Value(shape, a.dtype, joint=joint, block=like.lanes)
             done = builder.combine(operation, left, right)
             return Value(shape, a.dtype, blocked=done, block=like.lanes)
     return Value(shape, a.dtype, plain=builder.combine(operation, builder.readable(a), builder.readable(b)))
+
+
+def _are_bytes(*expressions) -> bool:
+    return all(element_type(each) in computes.BYTES for each in expressions)
 
 
 def _of_bytes(builder: Builder, operation: str, a: Value, b: Value) -> Value | None:
@@ -212,8 +234,9 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         return [known.source]  # nothing happened to it since it was dequantized
     if dtype not in ("uint8", "int8", "int16", "uint16") or data.dtype != "float32":
         return None
-    if data.sums is not None and data.readers == 1 and dtype in computes.BYTES:
-        found = integer_layers.requantized(builder, data, factor, int(offset), dtype)
+    if data.readers == 1 and dtype in computes.BYTES and (data.sums is not None or data.joint is not None):
+        finish = integer_layers.requantized if data.sums is not None else integer_layers.joint_bytes
+        found = finish(builder, data, factor, int(offset), dtype)
         if found is not None:
             return [found]
     looked_up = byte_functions.quantized(builder, data, factor, int(offset), dtype) if dtype in computes.BYTES else None
@@ -291,14 +314,12 @@ def spatial_reduction(builder: Builder, node: Node, inputs: Inputs) -> list[Valu
     if node.op_type.endswith("Max") or node.op_type == "GlobalMaxPool":
         done = builder.call(computes.spatial_max, builder.blocked(data), pattern=FUSABLE_ROOT)
     else:
-        done = builder.call(
-            computes.spatial_sum,
-            builder.blocked(data if encoded is None else encoded.source),
-            mean=node.op_type != "ReduceSum",
-            zero_point=0 if encoded is None else encoded.zero_point,
-            pattern=FUSABLE_ROOT,
-        )
-        done = done if encoded is None else _scaled(builder, done, encoded.scale)
+        mean = node.op_type != "ReduceSum"
+        if encoded is None:
+            done = builder.call(computes.spatial_sum, builder.blocked(data), mean=mean, pattern=FUSABLE_ROOT)
+        else:
+            found = integer_layers.spatial_sum(builder, data, encoded, mean)
+            return [found] if keep else [_reshaped(builder, found, data.shape[:2])]
     value = image(builder, (*data.shape[:2], 1, 1), done)[0]
     return [value] if keep else [_reshaped(builder, value, data.shape[:2])]
 

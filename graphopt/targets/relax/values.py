@@ -92,10 +92,30 @@ class Sums:
     """float64, one a channel."""
     largest: np.ndarray
     """What no sum of a channel exceeds in magnitude."""
+    divisor: float = 1.0
+    """A mean's count: the result is divided by it."""
     low: float = -math.inf
     high: float = math.inf
 
     def clipped(self, low: float, high: float) -> Sums:
+        """The same with a Relu or Clip behind it."""
+        return replace(self, low=min(max(self.low, low), high), high=max(min(self.high, high), low))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Two dequantized values added or multiplied, before the result is float32, then clipped."""
+
+    operation: str
+    """`add` or `multiply`."""
+    a: Encoded
+    b: Encoded
+    stored: tuple[Any, Any]
+    """The bytes of each as Relax expressions in the same blocked form, or one that broadcasts to it."""
+    low: float = -math.inf
+    high: float = math.inf
+
+    def clipped(self, low: float, high: float) -> Joint:
         """The same with a Relu or Clip behind it."""
         return replace(self, low=min(max(self.low, low), high), high=max(min(self.high, high), low))
 
@@ -127,6 +147,8 @@ class Value:
     """Of an integer layer's result: what it is computed from. Likewise."""
     origin: Origin | None = None
     """Of a quantized picture of few channels that is not blocked yet: whoever blocks it quantizes on the way."""
+    joint: Joint | None = None
+    """Of two dequantized values' sum or product: what it is computed from. Likewise."""
     readers: int = 0
     """How many nodes read the value; an output of the graph counts as one."""
 
@@ -138,7 +160,7 @@ class Value:
     @property
     def is_blocked(self) -> bool:
         """True when the value is in blocked form already."""
-        if self.blocked is not None or self.sums is not None:
+        if self.blocked is not None or self.sums is not None or self.joint is not None:
             return True
         return self.coded is not None and self.coded.source.blocked is not None
 
@@ -301,14 +323,12 @@ class Builder:
     def blocked(self, value: Value) -> Any:
         """The value (N, C, H, W) in blocked form as it is stored, or None when it has none."""
 
+        self._finish(value)
         if value.blocked is not None:
             value.blocked = self._stored(value.blocked)
             return value.blocked
         if not value.is_image:
             return None
-        if value.sums is not None:
-            value.blocked = self._stored(self.finished(value.sums, value.block))
-            return value.blocked
         if value.coded is not None:
             source = value.coded.source
             value.blocked = self._stored(self._decoded(value.coded, self.blocked(source)))
@@ -383,6 +403,14 @@ class Builder:
         """Have a layer's result in blocked form, float32 in registers."""
         if value.blocked is None and value.sums is not None:
             value.blocked = self.finished(value.sums, value.block)
+        if value.blocked is None and value.joint is not None:
+            joint = value.joint
+            left, right = (Operand(x, y.decode) for x, y in zip(joint.stored, (joint.a, joint.b), strict=True))
+            value.blocked = self.combine(joint.operation, left, right)
+            if not math.isinf(joint.low) or not math.isinf(joint.high):
+                low, high = (None if math.isinf(x) else x for x in (joint.low, joint.high))
+                clip = elementwise.mapped(elementwise.clip_of(low, high), "clip")
+                value.blocked = self.call(clip, value.blocked, pattern=ELEMENTWISE, name="clip")
 
     def readable(self, value: Value) -> Operand:
         """The value in ONNX's layout, for `combine`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.targets.relax import elementwise
+from graphopt.targets.relax import rounding
 from graphopt.targets.relax.integer_computes import PIXELS, QUAD, SCALE
 from graphopt.targets.schedules.loops import loop, nest, rooted, sequence
 from graphopt.targets.schedules.workload import PARALLEL_ELEMENTS, Decision, Kernel, Workload, work
@@ -112,13 +112,13 @@ def _levels(x: Any, scale: float, zero_point: int, lanes: int) -> Any:
     import numpy as np
     from tvm import tirx
 
+    rounding.register()
+
     many: Any = lanes
 
     def spread(number: float) -> Any:
         return tirx.Broadcast(tirx.const(float(np.float32(number)), "float32"), many)
 
-    inverse = np.float32(1) / np.float32(scale)
-    level = x * spread(float(inverse)) if np.isfinite(inverse) else x / spread(scale)
-    bounded = tirx.max(tirx.min(level, spread(255 - zero_point)), spread(-zero_point))
-    bits: Any = tirx.reinterpret(f"int32x{lanes}", bounded + spread(elementwise.ROUND))
-    return bits - tirx.Broadcast(tirx.const(elementwise.ROUND_BITS - zero_point, "int32"), many)
+    bounded = tirx.max(tirx.min(x / spread(scale), spread(255 - zero_point)), spread(-zero_point))
+    whole: Any = tirx.call_intrin(f"int32x{lanes}", rounding.OPERATOR, bounded)
+    return whole + tirx.Broadcast(tirx.const(zero_point, "int32"), many) if zero_point else whole

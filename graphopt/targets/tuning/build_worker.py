@@ -108,10 +108,11 @@ def main(parent: int, processor: int | None) -> int:
         return 0
     import tvm  # noqa: F401 - before the first order, so that the first answer does not wait for it
 
-    from graphopt.targets.relax import bfloat16, lookup
+    from graphopt.targets.relax import bfloat16, lookup, rounding
 
-    bfloat16.register()  # workloads arrive with its operator
-    lookup.register()  # likewise
+    bfloat16.register()  # workloads arrive with these operators
+    lookup.register()
+    rounding.register()
     while (order := receive(sys.stdin.buffer)) is not None:
         send(answers, build(order))
     return 0
