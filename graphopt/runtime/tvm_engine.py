@@ -45,7 +45,7 @@ class TvmEngine:
         self.folder = Path(folder)
         description = _read_description(self.folder)
         _check_processor(description, self.folder)
-        if description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]:
+        if description.get("tiles", False):
             amx_permission.require(str(self.folder))
         library = self.folder / LIBRARY
         _check_whole(library, description)

@@ -27,6 +27,7 @@ from graphopt.targets.base import Diagnosis, Lowered, Target, TuningReport
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
 """What `precision` may be, and what it then is."""
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
+AMX_FEATURES = frozenset({"amx_tile", "amx_int8", "amx_bf16", "amx_fp16"})
 TVM_PIN = "0.27.0.post1"
 FFI_PIN = "0.1.14.post1"
 
@@ -40,6 +41,8 @@ class LoweredModel:
     outputs: tuple[Mapping[str, Any], ...]
     decisions: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     """By kernel: the template's name and its decision. Kernels that are absent get their template's first."""
+    tiles: bool = False
+    """Whether kernels may use AMX tile registers."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,10 @@ class Cpu(Target):
         """The extensions that generated code may use, in /proc/cpuinfo's spelling."""
         if self._arch == "aarch64":
             return frozenset({"asimd"})
-        return X86_FEATURES.get(self.llvm_cpu, frozenset())
+        known = X86_FEATURES.get(self.llvm_cpu, frozenset())
+        if self.is_native and known & AMX_FEATURES and not amx_permission.granted():
+            return known - AMX_FEATURES  # the system keeps the tile registers to itself: vectors then
+        return known
 
     @property
     def capabilities(self) -> Capabilities:
@@ -103,10 +109,10 @@ class Cpu(Target):
                 hint="use precision float32",
             )
 
-    @property
-    def uses_tiles(self) -> bool:
-        """Whether kernels may use AMX tile registers, for which a process must ask."""
-        return self.precision == "bfloat16" and "amx_bf16" in self.features
+    def uses_tiles(self, integers: bool) -> bool:
+        """Whether kernels may use AMX tile registers, for which a process must ask; `integers`: some multiply bytes."""
+        in_bfloat16 = self.precision == "bfloat16" and "amx_bf16" in self.features
+        return in_bfloat16 or (integers and "amx_int8" in self.features)
 
     def machine(self):
         """What schedules need to know."""
@@ -145,7 +151,9 @@ class Cpu(Target):
         from graphopt.targets.relax import importer, pipeline
 
         self.check_precision()
-        imported = importer.import_model(model, self.capabilities.float_lanes, self.precision)
+        integers = importer.multiplies_bytes(model)
+        tiles = integers and "amx_int8" in self.features
+        imported = importer.import_model(model, self.capabilities.float_lanes, self.precision, tiles)
         module = pipeline.fuse(imported, chains="fusion" not in self.switched_off)
         result = imported["main"].ret_ty
         fields = list(result.fields) if hasattr(result, "fields") else [result]
@@ -156,6 +164,7 @@ class Cpu(Target):
             module,
             tuple(_description(n, p.ty) for n, p in zip(names, params, strict=True)),
             tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
+            tiles=self.uses_tiles(integers),
         )
 
     def tune(
@@ -178,9 +187,9 @@ class Cpu(Target):
 
         if seconds > 0 and not self.features <= capabilities.host_features():
             raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
-        if seconds > 0 and self.uses_tiles:
-            amx_permission.require(f"a kernel for {self}")
         lowered = cast(LoweredModel, lowered)
+        if seconds > 0 and lowered.tiles:
+            amx_permission.require(f"a kernel for {self}")
         search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
         return search.run(seconds)
 
@@ -217,6 +226,7 @@ class Cpu(Target):
             "tvm": TVM_PIN,
             "threads": self.thread_count,
             "precision": self.precision,
+            "tiles": lowered.tiles,
             "library_sha256": tvm_engine.library_digest(library),
             "inputs": list(lowered.inputs),
             "outputs": list(lowered.outputs),

@@ -67,11 +67,23 @@ _MOVES = frozenset(
 """Operators that move elements and look at none."""
 
 
-def import_model(model: ir.Model, lanes: int, precision: str = "float32"):
+def multiplies_bytes(model: ir.Model) -> bool:
+    """Whether a model is quantized, so that some of its kernels may multiply bytes."""
+    return any(_quantizes(node.op_type) for node in model.graph)
+
+
+def _quantizes(op_type: str) -> bool:
+    return (
+        "Quantize" in op_type or op_type in ("MatMulInteger", "ConvInteger", "QGemm") or op_type.startswith("QLinear")
+    )
+
+
+def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles: bool = False):
     """The Relax module of a model with static input shapes; its function is `main`.
 
-    `lanes` are the float32 lanes of a vector; `precision` is `float32` or `bfloat16` (see `values`). Inputs and outputs
-    of the graph keep their ONNX types in either.
+    `lanes` are the float32 lanes of a vector; `precision` is `float32` or `bfloat16` (see `values`). `tiles`: kernels
+    multiply bytes in AMX tiles, so blocks of channels are rows of one. Inputs and outputs of the graph keep their ONNX
+    types in either.
 
     Inputs that are also initializers are constants. Raises UnsupportedOperatorError naming every operator that has no
     translation (and one node of each), and TargetError for anything else TVM refuses.
@@ -79,13 +91,13 @@ def import_model(model: ir.Model, lanes: int, precision: str = "float32"):
     proto = ir.to_proto(model)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    if any("Q" in node.op_type or "Dequantize" in node.op_type for node in proto.graph.node):
+    if any(_quantizes(node.op_type) for node in proto.graph.node):
         quantized = ir.from_proto(proto)
         qoperators.rewrite(quantized)
         byte_moves.rewrite(quantized)
         proto = ir.to_proto(quantized)
     _check_operators(proto)
-    return _Importer(proto, lanes, precision).run()
+    return _Importer(proto, lanes, precision, tiles).run()
 
 
 def _check_operators(proto: onnx.ModelProto) -> None:
@@ -108,11 +120,11 @@ def _label(node: onnx.NodeProto) -> str:
 
 
 class _Importer:
-    def __init__(self, proto: onnx.ModelProto, lanes: int, precision: str):
+    def __init__(self, proto: onnx.ModelProto, lanes: int, precision: str, tiles: bool):
         from tvm import relax
 
         self.proto = proto
-        self.builder = Builder(relax.BlockBuilder(), lanes, precision)
+        self.builder = Builder(relax.BlockBuilder(), lanes, precision, tiles)
         self.opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.values: dict[str, Value] = {}
         self.consumers = _consumers(proto.graph)

@@ -187,13 +187,15 @@ class Value:
 class Builder:
     """Emits Relax bindings and converts values between their forms, each at most once.
 
-    `precision` is `float32` or `bfloat16`: what float32 images are stored as.
+    `precision` is `float32` or `bfloat16`: what float32 images are stored as. `tiles`: bytes are multiplied in AMX
+    tiles, whose rows are 64 of them.
     """
 
-    def __init__(self, block_builder, lanes: int, precision: str = "float32"):
+    def __init__(self, block_builder, lanes: int, precision: str = "float32", tiles: bool = False):
         self.bb = block_builder
         self.lanes = lanes
         self.precision = precision
+        self.tiles = tiles
         self._roots: dict[str, int] = {}
 
     @property
@@ -208,6 +210,8 @@ class Builder:
 
     def block_for(self, channels: int) -> int:
         """The channel block of a value: one vector register, or a narrower one for a few channels."""
+        if self.tiles and channels > 4:
+            return 64 if channels > 32 else 32 if channels > 16 else 16
         if self.narrows:
             return 32 if channels > 16 else 16  # a vector of bfloat16, which is also a row of an AMX tile
         block = self.lanes

@@ -1,10 +1,11 @@
-"""Convolution on AMX tile registers, bfloat16 operands, float32 sums.
+"""Convolution on AMX tile registers: bfloat16 operands and float32 sums, or bytes and 32-bit sums.
 
-Idea: in blocked bfloat16 form a pixel's 32 channels are one cache line, so 16 neighbouring pixels are a tile that loads
-directly, and a kernel position is an offset: no im2col. Neighbours are neighbours in an *image*: the input itself
-where that will do, else a copy of a band of rows in the second-level cache, made once: padded; for strides split into
-phases, so that the inputs of neighbouring outputs are adjacent; for few channels interleaved pixel by pixel, so that 64
-bytes hold several neighbouring pixels and one step covers that many kernel columns (the first layer of most networks).
+Idea: in blocked form a pixel's 32 channels of bfloat16, or 64 of bytes, are one cache line, so 16 neighbouring pixels
+are a tile that loads directly, and a kernel position is an offset: no im2col. Neighbours are neighbours in an *image*:
+the input itself where that will do, else a copy of a band of rows in the second-level cache, made once: padded; for
+strides split into phases, so that the inputs of neighbouring outputs are adjacent; for few channels interleaved pixel
+by pixel, so that 64 bytes hold several neighbouring pixels and one step covers that many kernel columns (the first
+layer of most networks).
 
 A product costs the same for 1 row as for 16, so tiles run across row ends: outputs are numbered with the image's row
 pitch, and the few that lie past the row's end are written first and overwritten by the next row's own values. The last
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax.integer_computes import QUAD
 from graphopt.targets.schedules import amx
 from graphopt.targets.schedules.conv2d_image import Image, Window, image_of, window_of
 from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
@@ -34,6 +36,9 @@ from graphopt.targets.schedules.workload import Decision, Kernel, Workload, divi
 
 NAME = "conv2d_amx"
 VERSION = 2
+FEATURES = {"bfloat16": "amx_bf16", "uint8": "amx_int8"}
+"""By element type of the data: what a processor must have."""
+SUMS = {"bfloat16": "float32", "uint8": "int32"}
 LEAD_STEPS = 4
 """Steps of the next group that precede a group's epilogue: as many as the reorder buffer holds with it."""
 DATA_CYCLES, WEIGHT_CYCLES = 8, 16
@@ -53,11 +58,11 @@ PARALLEL_PRODUCTS = 256
 
 def match(workload: Workload) -> list[Decision] | None:
     """Decisions {pixels, outs, order, merge}: the grid of tiles, the outer loop, whether tiles run across rows."""
-    if "amx_bf16" not in workload.machine.features:
-        return None
     window = window_of(workload)
-    epilogue = None if window is None else epilogue_of(workload, "conv2d")
-    if window is None or epilogue is None:
+    if window is None or FEATURES[window.dtype] not in workload.machine.features:
+        return None
+    epilogue = epilogue_of(workload, window.anchor)
+    if epilogue is None:
         return None
     found: list[tuple[float, Decision]] = []
     for merge in (True, False):
@@ -91,8 +96,9 @@ def _cycles(window: Window, image: Image, pixels: int, outs: int, order: str) ->
 def apply(workload: Workload, decision: Decision) -> Kernel:
     """The function written anew, loops and all; its weight is repacked into tiles."""
     window = window_of(workload)
-    epilogue = epilogue_of(workload, "conv2d")
-    assert window is not None and epilogue is not None
+    assert window is not None
+    epilogue = epilogue_of(workload, window.anchor)
+    assert epilogue is not None
     image = image_of(window, bool(decision["merge"]))
     grid = amx.Grid(decision["pixels"], decision["outs"], image.rows)
     func = _Writer(workload, window, image, grid, epilogue, decision["order"]).function()
@@ -100,10 +106,17 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
 
 
 def pack_weight(weight: np.ndarray, window: Window, image: Image, outs: int) -> np.ndarray:
-    """(M / ocb, C / icb, kH, kW, icb, ocb) -> (M / 16 / outs, steps, outs, 16, 16, 2), in the order of use."""
+    """(M / ocb, C / icb, kH, kW, icb, ocb) -> (M / 16 / outs, steps, outs, 16, 16, 2), in the order of use.
+
+    Bytes come as (M / ocb, C / icb, kH, kW, icb / 4, ocb * 4), and end in fours.
+    """
+    if window.dtype == "uint8":
+        *lead, quads, wide = weight.shape
+        weight = np.moveaxis(weight.reshape(*lead, quads, wide // QUAD, QUAD), -1, -2)
+        weight = weight.reshape(*lead, quads * QUAD, wide // QUAD)
     blocks, _, _, _, _, lanes = weight.shape
     columns = blocks * lanes
-    matrix = np.zeros((image.steps, 2 * amx.ROWS, columns), weight.dtype)
+    matrix = np.zeros((image.steps, window.step_inputs, columns), weight.dtype)
     for step, (block, tap) in enumerate((b, t) for b in range(image.blocks) for t in image.taps):
         for kernel_y, kernel_x, first in tap.kernel:
             if image.interleaved:  # one-channel blocks became lanes of a pixel
@@ -143,7 +156,8 @@ class _Writer:
             for index, old in enumerate(self.workload.func.params):
                 shape, dtype = [int(d) for d in old.ty.shape], str(old.ty.dtype)
                 if index == window.weight_index:
-                    shape = [self.blocks, self.image.steps, grid.outs, amx.ROWS, amx.OUTPUTS, 2]
+                    pack = window.step_inputs // amx.ROWS
+                    shape = [self.blocks, self.image.steps, grid.outs, amx.ROWS, amx.OUTPUTS, pack]
                 self.renamed.append((old, T.arg(str(old.name), T.buffer(shape, dtype))))
             T.func_attr({"tirx.noalias": True})
             self.data = self.renamed[window.data_index][1]
@@ -180,7 +194,7 @@ class _Writer:
 
         amx.configure(self.grid)
         shape = (self.grid.pixels, amx.ROWS, self.grid.outs * amx.OUTPUTS)
-        self.scratch = T.alloc_buffer(shape, "float32", scope="local")
+        self.scratch = T.alloc_buffer(shape, SUMS[self.window.dtype], scope="local")
         self.source: Any = self.data
         if self.image.copied:
             self.source = T.alloc_buffer(self.image.shape, self.image.dtype, scope="global")
@@ -240,7 +254,7 @@ class _Writer:
             def weight(out: int):
                 return T.address_of(self.weight[block, number, out, 0, 0, 0])
 
-            grid.step("bfloat16", data, image.column_bytes, weight)
+            grid.step(self.window.dtype, data, image.column_bytes, weight)
             if self.ahead:
                 for line in range(self.lines):
                     at = group * self.lines + line

@@ -1,9 +1,10 @@
 """How a convolution's input lies in memory so that neighbouring outputs read neighbouring tile rows.
 
 An image is a sequence of *positions* for each block of input channels. Output q of a run reads position
-`base + q * step + offset(tap)`, and a tap is what one step of 32 inputs covers: a kernel position of 32 channels, or
-for fewer channels several neighbouring kernel columns at once. Such a step may also read positions right of the kernel,
-with weights of zero: an infinity or NaN in the picture then reaches outputs up to 31 / channels positions to its left.
+`base + q * step + offset(tap)`, and a tap is what one step of 64 bytes of inputs covers (32 of bfloat16, 64 of bytes):
+a kernel position of as many channels, or for fewer channels several neighbouring kernel columns at once. Such a step
+may also read positions right of the kernel, with weights of zero: an infinity or NaN in a bfloat16 picture then reaches
+outputs up to 31 / channels positions to its left.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 
 from graphopt.targets.relax.bfloat16 import DTYPE, OPERATOR, register
 from graphopt.targets.relax.computes import WINDOW
+from graphopt.targets.relax.integer_computes import QUAD
 from graphopt.targets.schedules import amx
 from graphopt.targets.schedules.workload import Workload, extents
 
-STEP_INPUTS = 32
-"""bfloat16 inputs of one tile product."""
+ANCHORS = {"conv2d": DTYPE, "conv2d_int8": "uint8"}
+"""By anchor block: the element type that its tile products read."""
+_WEIGHTS = {DTYPE: DTYPE, "uint8": "int8"}
+_BYTES = {DTYPE: 2, "uint8": 1}
 MOST_PLANES = 8
 """Channels of a plain (unblocked) input that are interleaved."""
 BAND_BYTES = 1 << 20
@@ -51,13 +55,31 @@ class Window:
     data_index: int
     weight_index: int
     data_dtype: str
+    anchor: str
+
+    @property
+    def dtype(self) -> str:
+        """What tile products read: `bfloat16` or `uint8`."""
+        return ANCHORS[self.anchor]
+
+    @property
+    def element_bytes(self) -> int:
+        return _BYTES[self.dtype]
+
+    @property
+    def step_inputs(self) -> int:
+        """Inputs of one tile product."""
+        return amx.ROW_BYTES // self.element_bytes
 
 
 def window_of(workload: Workload) -> Window | None:
     """The geometry, where operands have a form that tiles can take; else None."""
-    block = workload.anchor("conv2d")
+    block = workload.anchor(*ANCHORS)
     names = list(workload.blocks)
-    if block is None or WINDOW not in block.annotations or set(names[: names.index("conv2d")]) - {"pad"}:
+    if block is None or WINDOW not in block.annotations:
+        return None
+    anchor = str(block.name_hint)
+    if set(names[: names.index(anchor)]) - {"pad"}:
         return None
     sources = [region.source for region in block.reads]
     if "pad" in workload.blocks:
@@ -68,28 +90,32 @@ def window_of(workload: Workload) -> Window | None:
     places = [next((i for i, p in enumerate(params) if p.same_as(source)), -1) for source in sources]
     data = next((i for i in places if i >= 0 and len(params[i].ty.shape) == 4), -1)
     weight = next((i for i in places if i >= 0 and len(params[i].ty.shape) == 6), -1)
-    if data < 0 or weight < 0 or str(params[weight].ty.dtype) != DTYPE:
+    if data < 0 or weight < 0 or str(params[weight].ty.dtype) != _WEIGHTS[ANCHORS[anchor]]:
         return None
     data_dtype = str(params[data].ty.dtype)
-    batch, out_blocks, _, out_lanes, in_blocks, kernel_h, in_lanes, kernel_w = extents(block)
+    batch, out_blocks, _, out_lanes, in_blocks, kernel_h, in_lanes, kernel_w = extents(block)[:8]
     height, width, out_h, out_w, s_h, s_w, top, left, d_h, d_w, groups = (int(x) for x in block.annotations[WINDOW])
     if out_lanes % amx.OUTPUTS or min(height, width, out_h, out_w) < 1:
         return None
-    if in_lanes == 1:
+    if anchor == "conv2d_int8":
+        in_lanes *= QUAD
+        if in_lanes not in (4, 8, 16, 32, 64) or (in_lanes < 64 and (in_blocks > 1 or groups > 1)):
+            return None
+    elif in_lanes == 1:
         if groups > 1 or in_blocks > MOST_PLANES or data_dtype not in (DTYPE, "float32"):
             return None
-    elif in_lanes not in (16, STEP_INPUTS) or data_dtype != DTYPE:
+    elif in_lanes not in (16, 32) or data_dtype != DTYPE:
         return None
     return Window(
         batch, in_blocks, in_lanes, out_lanes, out_blocks * out_lanes // amx.OUTPUTS, height, width, out_h, out_w,
         (s_h, s_w), (top, left), (d_h, d_w), groups, (kernel_h, kernel_w), "pad" in workload.blocks, data, weight,
-        data_dtype,
+        data_dtype, anchor,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One step's place in the image, and which rows of its 32 belong to which kernel position."""
+    """One step's place in the image, and which of its inputs belong to which kernel position."""
 
     offset: int
     kernel: tuple[tuple[int, int, int], ...]
@@ -131,7 +157,7 @@ class Image:
         for y in range(k_h):
             row = y * d_h
             top = row % p_h * p_w * self._phase_size + row // p_h * self.row_pitch
-            if self.lanes == STEP_INPUTS:
+            if self.lanes == self.window.step_inputs:
                 for x in range(k_w):
                     column = x * d_w
                     offset = top + column % p_w * self._phase_size + column // p_w
@@ -150,7 +176,7 @@ class Image:
 
     @property
     def _step_columns(self) -> int:
-        return STEP_INPUTS // self.lanes
+        return self.window.step_inputs // self.lanes
 
     @property
     def _image_rows(self) -> int:
@@ -205,11 +231,11 @@ class Image:
 
     @property
     def column_bytes(self) -> int:
-        return self.column_step * self.lanes * 2
+        return self.column_step * self.lanes * self.window.element_bytes
 
     @property
     def _word_bits(self) -> int:
-        return 16 * min(self.lanes, 4) if self.interleaved else 16
+        return 16 * min(self.lanes, 4) if self.interleaved else 8 * self.window.element_bytes
 
     @property
     def dtype(self) -> str:
@@ -220,14 +246,15 @@ class Image:
     def shape(self) -> tuple[int, int, int]:
         """(blocks, positions, lanes); interleaved planes are stored as words of up to four lanes."""
         blocks = self.blocks * self.window.groups
-        return blocks, self.phases[0] * self.phases[1] * self._phase_size, self.lanes * 16 // self._word_bits
+        bits = self.lanes * 8 * self.window.element_bytes
+        return blocks, self.phases[0] * self.phases[1] * self._phase_size, bits // self._word_bits
 
     @property
     def bytes(self) -> int:
         window = self.window
         if not self.copied:
-            return self.blocks * window.groups * window.height * window.width * self.lanes * 2
-        return self.shape[0] * self.shape[1] * self.lanes * 2
+            return self.blocks * window.groups * window.height * window.width * self.lanes * window.element_bytes
+        return self.shape[0] * self.shape[1] * self.lanes * window.element_bytes
 
     def first_row(self, band):
         """Output row where a band begins; the last band begins earlier instead of being shorter."""
@@ -296,7 +323,9 @@ class Image:
             return
         if not self.interleaved:
             with T.serial(number(0), number(high - low)) as x, T.vectorized(number(0), number(self.lanes)) as v:
-                value = tirx.reinterpret("uint16", data[n, block, column + (low + x) * step, v])
+                value = data[n, block, column + (low + x) * step, v]
+                if self.dtype != "uint8":
+                    value = tirx.reinterpret(self.dtype, value)
                 T.buffer_store(target, value, [block, at + low + x, v])
             return
         whole = (high - low) // 16 * 16
@@ -337,15 +366,16 @@ def image_of(window: Window, merge: bool) -> Image:
     """The image of a convolution: the input itself where it can be read in place, else a copy."""
     s_h, s_w = window.strides
     reach = (window.kernel[1] - 1) * window.dilations[1]
-    if window.in_lanes == STEP_INPUTS:
+    whole = window.step_inputs
+    if window.in_lanes == whole:
         strided = (s_h, s_w) != (1, 1)
         if not window.padded and not (strided and merge):
-            return Image(window, False, STEP_INPUTS, (1, 1), window.width, s_w, merge, window.out_h)
+            return Image(window, False, whole, (1, 1), window.width, s_w, merge, window.out_h)
         pitch = window.out_w + reach // s_w
-        image = Image(window, True, STEP_INPUTS, (s_h, s_w), pitch, 1, merge, window.out_h)
+        image = Image(window, True, whole, (s_h, s_w), pitch, 1, merge, window.out_h)
     else:
         lanes = window.in_lanes if window.in_lanes > 1 else 1 << (window.in_blocks - 1).bit_length()
-        step_columns = STEP_INPUTS // lanes
+        step_columns = whole // lanes
         pitch = (window.out_w - 1) * s_w + -(-(reach + 1) // step_columns) * step_columns
         image = Image(window, True, lanes, (1, 1), pitch, s_w, merge, window.out_h)
     bands = min(math.ceil(image.bytes / BAND_BYTES), window.out_h)
