@@ -29,17 +29,16 @@ class Tuned:
     """What `tune_model` found."""
 
     report: TuningReport
-    peak_gflops: float | None
-    """Measured float32 peak of one core; None where the target is no CPU."""
+    peaks: Mapping[str, float]
+    """Measured peaks of one core by element type of weights, GFLOP/s (GOP/s of bytes); empty for other targets."""
     threads: int
     database: Path
 
     def share_of_peak(self, row: Mapping[str, Any]) -> float | None:
         """Of a row of the report, from 0 to 1; above 1 where an algorithm does less arithmetic than it is credited
         with (Winograd). None for kernels of other element types."""
-        if self.peak_gflops is None or row["gflops"] is None or row["kind"] != "float32":
-            return None
-        return row["gflops"] / (self.peak_gflops * self.threads)
+        peak = self.peaks.get(row["kind"])
+        return None if peak is None or row["gflops"] is None else row["gflops"] / (peak * self.threads)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON."""
@@ -48,7 +47,7 @@ class Tuned:
             **dataclasses.asdict(self.report),
             "rows": rows,
             "kernels_us": self.report.kernels_us,
-            "peak_gflops": self.peak_gflops,
+            "peaks": dict(self.peaks),
             "threads": self.threads,
             "database": str(self.database),
         }
@@ -102,14 +101,14 @@ def tune_model(
     report = target.tune(
         lowered, seconds=seconds, database=database, seed=seed, progress=progress, fresh=fresh, everything=True
     )
-    return Tuned(report, _peak(target) if seconds > 0 else None, getattr(target, "thread_count", 1), database)
+    return Tuned(report, _peaks(target) if seconds > 0 else {}, getattr(target, "thread_count", 1), database)
 
 
-def _peak(target: Target) -> float | None:
+def _peaks(target: Target) -> Mapping[str, float]:
     from graphopt.targets.cpu import Cpu
-    from graphopt.targets.tuning.peak import fma_gflops
+    from graphopt.targets.tuning.peak import peaks
 
-    return fma_gflops(target) if isinstance(target, Cpu) else None
+    return peaks(target) if isinstance(target, Cpu) else {}
 
 
 def model_keys(path: str | os.PathLike[str], target: Target, shapes: Shapes) -> set[Any]:

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from graphopt import errors, tuning
 from graphopt.cli import group
 from graphopt.targets.cpu import Cpu
-from graphopt.targets.tuning import database, measure, task
+from graphopt.targets.tuning import database, measure, peak, task
 from graphopt.targets.tuning.database import Database, Key, Record, compiler_version
 
 
@@ -60,7 +60,7 @@ def test_tune_then_show_then_export(network, tmp_path):
     assert first["trials"] >= first["tasks"]
     assert first["kernels_us"] == pytest.approx(sum(r["time_us"] * r["calls"] for r in first["rows"]))
     assert first["database"] == str(tmp_path / "cache" / "schedules.jsonl")
-    assert first["peak_gflops"] > 1
+    assert first["peaks"]["float32"] > 1
     (conv,) = [row for row in first["rows"] if "conv2d" in row["workload"]]
     assert "multiply" not in conv["workload"], "the batch normalization was not folded"
     assert 0 < conv["share_of_peak"] < 1.5
@@ -151,10 +151,17 @@ def test_targets_take_threads_and_precision():
     assert getattr(tuning.resolve_target("cpu", 1, "bf16"), "precision", "") == "bfloat16"
 
 
-def test_share_of_peak_only_for_float32():
+def test_share_of_peak_by_element_type():
     from graphopt.targets.base import TuningReport
 
-    found = tuning.Tuned(TuningReport(0, 0, 0, 0.0, ""), 200.0, 2, database.SHIPPED)
+    found = tuning.Tuned(TuningReport(0, 0, 0, 0.0, ""), {"float32": 200.0, "int8": 800.0}, 2, database.SHIPPED)
+    assert found.share_of_peak({"gflops": 400.0, "kind": "int8"}) == pytest.approx(0.25)
     assert found.share_of_peak({"gflops": 100.0, "kind": "float32"}) == pytest.approx(0.25)
     assert found.share_of_peak({"gflops": 100.0, "kind": "bfloat16"}) is None
     assert found.share_of_peak({"gflops": None, "kind": "float32"}) is None
+
+
+def test_peaks_are_measured_for_floats_and_bytes():
+    found = peak.peaks(Cpu(threads=1))
+    assert found["float32"] > 1
+    assert found["int8"] > found["float32"]

@@ -29,6 +29,12 @@ _WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "l
 
 def way(machine: Machine, block: Any) -> Way | None:
     """The best exact way for the weights of an integer block; None where the machine is no x86 processor."""
+    best = best_way(machine)
+    return "words" if best == "pairs" and not int(block.annotations[PAIRS]) else best
+
+
+def best_way(machine: Machine) -> Way | None:
+    """The same for small weights."""
     features = machine.features
     if not features & {"ssse3", "avx2", "avx512f"}:
         return None
@@ -36,7 +42,7 @@ def way(machine: Machine, block: Any) -> Way | None:
         return "vnni"
     if machine.lanes == 16 and "avx512bw" not in features:
         return None
-    return "pairs" if int(block.annotations[PAIRS]) else "words"
+    return "pairs"
 
 
 def as_words(weight: np.ndarray) -> np.ndarray:
