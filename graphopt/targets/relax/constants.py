@@ -55,18 +55,25 @@ def _requantized(
     data, scale = operands[0], operands[1]
     zero = operands[2] if len(operands) > 2 else None
     assert data is not None and scale is not None
-    if scale.dtype != np.float32 or attributes.get("block_size", 0):
+    if scale.dtype != np.float32:
         return None
-    factor = _along(scale, data.ndim, int(attributes.get("axis", 1)))
+    axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
+
+    def spread(array: np.ndarray) -> np.ndarray:
+        if not block:
+            return _along(array, data.ndim, axis)
+        return np.take(np.repeat(array, block, axis), range(data.shape[axis]), axis)
+
+    factor = spread(scale)
     if op_type == "DequantizeLinear":
-        if str(data.dtype) not in _INTEGERS:
+        if str(data.dtype) not in (*_INTEGERS, "int4", "uint4"):
             return None
-        offset = 0 if zero is None else _along(zero.astype(np.int32), data.ndim, int(attributes.get("axis", 1)))
+        offset = 0 if zero is None else spread(zero.astype(np.int32))
         return ((data.astype(np.int32) - offset).astype(np.float32) * factor).astype(np.float32)
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if str(kind) not in _INTEGERS or data.dtype != np.float32:
         return None
-    offset = 0 if zero is None else _along(zero.astype(np.float32), data.ndim, int(attributes.get("axis", 1)))
+    offset = 0 if zero is None else spread(zero.astype(np.float32))
     info = np.iinfo(kind)
     return np.clip(np.rint(data / factor) + offset, info.min, info.max).astype(kind)
 

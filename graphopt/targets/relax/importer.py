@@ -91,7 +91,7 @@ def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles:
     proto = ir.to_proto(model)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    if any(_quantizes(node.op_type) for node in proto.graph.node):
+    if any(_quantizes(node.op_type) or node.op_type == "MatMulNBits" for node in proto.graph.node):
         quantized = ir.from_proto(proto)
         qoperators.rewrite(quantized)
         byte_moves.rewrite(quantized)
@@ -182,7 +182,8 @@ class _Importer:
         found = constants.fold(node, [None if v is None else v.const for v in inputs], self.opset)
         if found is None:
             return None
-        if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32:
+        blocks = any(a.name == "block_size" and a.i for a in node.attribute)
+        if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32 and not blocks:
             return [_integers(node, inputs, found[0])]
         arrays = iter(found)
         return [_constant(next(arrays)) if name else Value(None, "float32") for name in node.output]

@@ -1,7 +1,8 @@
 """Operators that take scales and zero points as operands, rewritten as DequantizeLinear -> operator -> QuantizeLinear.
 
 ONNX has two ways to write a quantized model. Older tools write *QOperator* models (QLinearConv, QLinearMatMul, and ONNX
-Runtime's com.microsoft.QLinearAdd, QGemm, ...); both say the same, so the importer knows only one of them. The other
+Runtime's com.microsoft.QLinearAdd, QGemm, ...); both say the same, so the importer knows only one of them. So it is
+with MatMulNBits, whose weights are packed in blocks of 4 bits. The other
 operators of com.microsoft that quantizers write for the standard ones (QuantizeLinear, DequantizeLinear) lose their
 domain.
 """
@@ -114,6 +115,40 @@ def _gemm(w: _Writer, node: ir.Node) -> ir.Value | None:
     return product if ys is None else w.stored(product, ys, input_of(node, 8))
 
 
+def _matmul_nbits(w: _Writer, node: ir.Node) -> ir.Value | None:
+    """Block-wise weights, packed along K: (N, blocks, bytes), unpacked into DequantizeLinear with a block size."""
+    depth, columns = int(attribute(node, "K", 0)), int(attribute(node, "N", 0))
+    bits, block = int(attribute(node, "bits", 4)), int(attribute(node, "block_size", 0))
+    packed, scales = constant_of(input_of(node, 1)), constant_of(input_of(node, 2))
+    points = input_of(node, 3)
+    if bits not in (4, 8) or not block or packed is None or scales is None or input_of(node, 4) is not None:
+        return None
+    blocks = -(-depth // block)
+    zero = np.full((columns, blocks), 1 << bits - 1, np.uint8)
+    if points is not None:
+        stored = constant_of(points)
+        if stored is None or stored.dtype != np.uint8:
+            return None
+        zero = _unpacked(stored.reshape(columns, -1), bits)[:, :blocks]
+    integers = _unpacked(packed.reshape(columns, -1), bits)[:, :depth]
+    scale = scales.astype(np.float32).reshape(columns, blocks)
+    weight = w.add(
+        "DequantizeLinear",
+        [w.constant(np.ascontiguousarray(x.T)) for x in (integers, scale, zero)],
+        {"axis": 0, "block_size": block},
+    )
+    product = w.add("MatMul", [node.inputs[0], weight])
+    bias = input_of(node, 5)
+    return product if bias is None else w.add("Add", [product, bias])
+
+
+def _unpacked(array: np.ndarray, bits: int) -> np.ndarray:
+    """(N, bytes) -> (N, integers) uint8, the low half of a byte first."""
+    if bits == 8:
+        return array
+    return np.stack([array & 15, array >> 4], axis=-1).reshape(len(array), -1)
+
+
 def _binary(op_type: str) -> Rewrite:
     def rule(w: _Writer, node: ir.Node) -> ir.Value | None:
         a, a_s, a_z, b, b_s, b_z, ys = node.inputs[:7]
@@ -144,6 +179,7 @@ _RULES: dict[tuple[str, str], Rewrite] = {
     (_STANDARD, "QLinearConv"): _conv,
     (_STANDARD, "QLinearMatMul"): _matmul,
     (_CONTRIB, "QGemm"): _gemm,
+    (_CONTRIB, "MatMulNBits"): _matmul_nbits,
     (_CONTRIB, "QLinearAdd"): _binary("Add"),
     (_CONTRIB, "QLinearMul"): _binary("Mul"),
     (_CONTRIB, "QLinearConcat"): _concat,

@@ -1,0 +1,83 @@
+"""Weights quantized in blocks: ONNX's DequantizeLinear with a block size, and ONNX Runtime's MatMulNBits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from graphopt.errors import UnsupportedOperatorError
+from tests.targets.oracle import EPSILON, TARGET, compiled, reference, uniform
+
+
+def built(nodes, x: np.ndarray, columns: int, constants: dict[str, onnx.TensorProto]) -> ir.Model:
+    graph = helper.make_graph(
+        nodes, "blocks",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (*x.shape[:-1], columns))],
+        list(constants.values()),
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8])
+@pytest.mark.parametrize(("depth", "block", "axis"), [(64, 32, 0), (48, 16, 0), (64, 64, 0), (40, 8, 1)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_dequantize_linear_with_a_block_size(kind, depth, block, axis, shifted):
+    rng = np.random.default_rng(1)
+    columns = 24
+    low, high = {TensorProto.INT4: (-8, 8), TensorProto.UINT4: (0, 16), TensorProto.INT8: (-128, 128)}[kind]
+    shape = [depth, columns]
+    blocks = list(shape)
+    blocks[axis] //= block
+    constants = {
+        "w": helper.make_tensor("w", kind, shape, rng.integers(low, high, shape).ravel()),
+        "s": numpy_helper.from_array(rng.uniform(0.01, 0.1, blocks).astype(np.float32), "s"),
+    }
+    if shifted:
+        constants["z"] = helper.make_tensor("z", kind, blocks, rng.integers(low, high, blocks).ravel())
+    x = uniform(2, 3, depth)
+    dequantize = helper.make_node("DequantizeLinear", list(constants), ["wd"], axis=axis, block_size=block)
+    made = built([dequantize, helper.make_node("MatMul", ["x", "wd"], ["y"])], x, columns, constants)
+    found, wanted = compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"]
+    np.testing.assert_allclose(found, wanted, atol=depth * EPSILON * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("depth", "block"), [(64, 32), (96, 32), (80, 16)])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_matmul_nbits(bits, depth, block, shifted, biased):
+    rng = np.random.default_rng(3)
+    columns, blocks = 20, depth // block
+    x = uniform(4, 2, 5, depth)
+    arrays = {
+        "w": rng.integers(0, 256, (columns, blocks, block * bits // 8)).astype(np.uint8),
+        "s": rng.uniform(0.01, 0.1, columns * blocks).astype(np.float32),
+    }
+    if shifted:
+        arrays["z"] = rng.integers(0, 256, columns * -(-blocks * bits // 8)).astype(np.uint8)
+    names = ["x", "w", "s", "z" if shifted else "", "", "b" if biased else ""]
+    if biased:
+        arrays["b"] = rng.standard_normal(columns).astype(np.float32)
+    constants = {name: numpy_helper.from_array(array, name) for name, array in arrays.items()}
+    product = helper.make_node(
+        "MatMulNBits", names, ["y"], domain="com.microsoft", K=depth, N=columns, bits=bits, block_size=block
+    )
+    made = built([product], x, columns, constants)
+    found, wanted = compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"]
+    np.testing.assert_allclose(found, wanted, atol=2 * depth * EPSILON * np.abs(wanted).max(), rtol=0)
+
+
+def test_groups_by_index_are_refused_by_name():
+    x = uniform(4, 2, 32)
+    arrays = {"w": np.zeros((4, 1, 16), np.uint8), "s": np.ones(4, np.float32), "g": np.zeros(32, np.int32)}
+    constants = {name: numpy_helper.from_array(array, name) for name, array in arrays.items()}
+    product = helper.make_node(
+        "MatMulNBits", ["x", "w", "s", "", "g"], ["y"], domain="com.microsoft", K=32, N=4, bits=4, block_size=32
+    )
+    with pytest.raises(UnsupportedOperatorError, match="MatMulNBits"):
+        TARGET.lower(built([product], x, 4, constants))
