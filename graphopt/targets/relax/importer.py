@@ -27,6 +27,7 @@ import onnx_ir as ir
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.targets.relax import (
     bfloat16,
+    block_weights,
     byte_moves,
     constants,
     conv_transpose,
@@ -182,8 +183,7 @@ class _Importer:
         found = constants.fold(node, [None if v is None else v.const for v in inputs], self.opset)
         if found is None:
             return None
-        blocks = any(a.name == "block_size" and a.i for a in node.attribute)
-        if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32 and not blocks:
+        if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32:
             return [_integers(node, inputs, found[0])]
         arrays = iter(found)
         return [_constant(next(arrays)) if name else Value(None, "float32") for name in node.output]
@@ -307,7 +307,11 @@ def _integers(node: onnx.NodeProto, inputs: list[Value | None], array: np.ndarra
     """A dequantized constant, with the integers it came from."""
     stored, scale, zero_point = (None if v is None else v.const for v in [*inputs, None][:3])
     assert stored is not None and scale is not None
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    attributes = {a.name: a.i for a in node.attribute}
+    axis, block = attributes.get("axis", 1), attributes.get("block_size", 0)
+    if block:
+        blocks = block_weights.blocks_of(array, stored, scale, zero_point, axis, block)
+        return _constant(array) if blocks is None else blocks
     if zero_point is None:
         zero_point = np.zeros(1, stored.dtype)
     return integer_layers.Integers(array, stored, scale, zero_point, axis)

@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import byte_functions, computes, elementwise, integer_computes, integer_layers, views
+from graphopt.targets.relax import (
+    block_weights,
+    byte_functions,
+    computes,
+    elementwise,
+    integer_computes,
+    integer_layers,
+    views,
+)
 from graphopt.targets.relax import matmul as products
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
 from graphopt.targets.relax.values import (
@@ -496,7 +504,8 @@ def matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
 
 def _integer_product(builder: Builder, node: Node, data: Value, weight: Value, bias: Value | None) -> Value | None:
     if node.op_type == "MatMul":
-        return integer_layers.product(builder, data, weight, None)
+        found = block_weights.product(builder, data, weight)
+        return integer_layers.product(builder, data, weight, None) if found is None else found
     if node.get("alpha", 1.0) != 1.0 or (bias is not None and bias.const is None):
         return None
     addend = None if bias is None or bias.const is None else bias.const * np.float32(node.get("beta", 1.0))
