@@ -20,6 +20,7 @@ from rich.text import Text
 from graphopt import __version__, errors, plugins, spec
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
 from graphopt.pipeline import PRESETS
+from graphopt.report_command import report
 from graphopt.settings import Settings, parse_input, read_recipe
 from graphopt.tuning_commands import db, tune
 
@@ -411,6 +412,7 @@ def doctor(format_: str) -> int:
 
 group.add_command(tune)
 group.add_command(db)
+group.add_command(report)
 
 
 def _write_json(path: Path, content: Any) -> None:

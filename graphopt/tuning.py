@@ -29,26 +29,13 @@ class Tuned:
     """What `tune_model` found."""
 
     report: TuningReport
-    peaks: Mapping[str, float]
-    """Measured peaks of one core by element type of weights, GFLOP/s (GOP/s of bytes); empty for other targets."""
-    threads: int
     database: Path
-
-    def share_of_peak(self, row: Mapping[str, Any]) -> float | None:
-        """Of a row of the report, from 0 to 1; above 1 where an algorithm does less arithmetic than it is credited
-        with (Winograd). None for kernels of other element types."""
-        peak = self.peaks.get(row["kind"])
-        return None if peak is None or row["gflops"] is None else row["gflops"] / (peak * self.threads)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON."""
-        rows = [{**row, "share_of_peak": self.share_of_peak(row)} for row in self.report.rows]
         return {
             **dataclasses.asdict(self.report),
-            "rows": rows,
             "kernels_us": self.report.kernels_us,
-            "peaks": dict(self.peaks),
-            "threads": self.threads,
             "database": str(self.database),
         }
 
@@ -101,14 +88,7 @@ def tune_model(
     report = target.tune(
         lowered, seconds=seconds, database=database, seed=seed, progress=progress, fresh=fresh, everything=True
     )
-    return Tuned(report, _peaks(target) if seconds > 0 else {}, getattr(target, "thread_count", 1), database)
-
-
-def _peaks(target: Target) -> Mapping[str, float]:
-    from graphopt.targets.cpu import Cpu
-    from graphopt.targets.tuning.peak import peaks
-
-    return peaks(target) if isinstance(target, Cpu) else {}
+    return Tuned(report, database)
 
 
 def model_keys(path: str | os.PathLike[str], target: Target, shapes: Shapes) -> set[Any]:

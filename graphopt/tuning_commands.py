@@ -17,7 +17,7 @@ from graphopt.console import STDOUT, ConsoleProgress
 from graphopt.settings import parse_input
 
 if TYPE_CHECKING:
-    from graphopt.tuning import Tuned
+    pass
 
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 TARGET = click.option("--target", default="cpu", show_default=True, help="E.g. cpu, cpu{mcpu=cascadelake}.")
@@ -81,7 +81,7 @@ def tune(
     if format_ == "json":
         click.echo(json.dumps(found.to_dict()))
         return errors.EXIT_DONE
-    STDOUT.print(_kernel_table(found))
+    STDOUT.print(kernel_table(found.to_dict()))
     report = found.report
     early = "; time ran out before all searches had ended: run again to go on" if report.stopped_early else ""
     STDOUT.print(
@@ -92,15 +92,16 @@ def tune(
     return errors.EXIT_DONE
 
 
-def _kernel_table(found: Tuned) -> Table:
+def kernel_table(report: Mapping[str, Any]) -> Table:
+    """The kernels of a tuning report (its JSON), those that take most of a run first."""
     table = Table()
     for heading in ("kernel", "template", "decision"):
         table.add_column(heading, overflow="fold")
     for heading in ("calls", "time µs", "share", "GFLOP/s", "of peak", "trials"):
         table.add_column(heading, justify="right", no_wrap=True)
-    total = found.report.kernels_us
-    for row in sorted(found.report.rows, key=lambda r: -(r["time_us"] or 0.0) * r["calls"]):
-        time, share = row["time_us"], found.share_of_peak(row)
+    total = sum((row["time_us"] or 0.0) * row["calls"] for row in report["rows"])
+    for row in sorted(report["rows"], key=lambda r: -(r["time_us"] or 0.0) * r["calls"]):
+        time, share = row["time_us"], row.get("share_of_peak")
         table.add_row(
             Text(row["workload"]),
             row["template"],

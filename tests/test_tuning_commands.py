@@ -151,14 +151,14 @@ def test_targets_take_threads_and_precision():
     assert getattr(tuning.resolve_target("cpu", 1, "bf16"), "precision", "") == "bfloat16"
 
 
-def test_share_of_peak_by_element_type():
+def test_share_of_peak_by_element_type(monkeypatch):
     from graphopt.targets.base import TuningReport
 
-    found = tuning.Tuned(TuningReport(0, 0, 0, 0.0, ""), {"float32": 200.0, "int8": 800.0}, 2, database.SHIPPED)
-    assert found.share_of_peak({"gflops": 400.0, "kind": "int8"}) == pytest.approx(0.25)
-    assert found.share_of_peak({"gflops": 100.0, "kind": "float32"}) == pytest.approx(0.25)
-    assert found.share_of_peak({"gflops": 100.0, "kind": "bfloat16"}) is None
-    assert found.share_of_peak({"gflops": None, "kind": "float32"}) is None
+    monkeypatch.setattr(peak, "peaks", lambda target: {"float32": 200.0, "int8": 800.0})
+    rows = tuple({"gflops": g, "kind": k} for g, k in [(400.0, "int8"), (100.0, "float32"), (9.0, "bfloat16")])
+    found = peak.with_shares(TuningReport(0, 0, 0, 0.0, "", (*rows, {"gflops": None, "kind": "int8"})), Cpu(threads=2))
+    assert [row["share_of_peak"] for row in found.rows] == [pytest.approx(0.25), pytest.approx(0.25), None, None]
+    assert found.peaks["int8"] == 800.0
 
 
 def test_peaks_are_measured_for_floats_and_bytes():

@@ -215,9 +215,10 @@ def _tuning(name: str, tuned: Mapping[str, Any]) -> Html:
         if isinstance(decision, Mapping):
             decision = ", ".join(f"{k}={v}" for k, v in decision.items())
         cells = (code(str(row.get("workload", "-"))), row.get("template") or "-", code(str(decision or "-")))
-        rows.append((*cells, row.get("calls", "-"), _number(row, "time_us"), share, _number(row, "gflops")))
-    headings = ("workload", "template", "decision", "calls", "time µs", "share of time", "GFLOP/s")
-    shown = table(headings, rows, label=f"tuning of {name}", numeric=(3, 4, 5, 6)) if rows else None
+        peak = f"{100 * row['share_of_peak']:.0f} %" if finite(row.get("share_of_peak")) else "-"
+        rows.append((*cells, row.get("calls", "-"), _number(row, "time_us"), share, _number(row, "gflops"), peak))
+    headings = ("workload", "template", "decision", "calls", "time µs", "share of time", "GFLOP/s", "of peak")
+    shown = table(headings, rows, label=f"tuning of {name}", numeric=(3, 4, 5, 6, 7)) if rows else None
     rest = el("p", f"and {len(ordered) - MOST_TASKS} more tasks", class_="muted") if len(ordered) > MOST_TASKS else None
     digest = el("p", "decisions ", code(str(tuned["digest"])), class_="muted") if tuned.get("digest") else None
     return fold([el("strong", name), f": {summary}", early], shown, rest, digest)

@@ -29,9 +29,12 @@ class TuningReport:
     """sha256 of the decisions, in a canonical order: equal digests build equal code."""
     rows: tuple[Mapping[str, Any], ...] = ()
     """One per task: workload, template, decision, time_us, gflops, calls, trials, from_database, kind (the element
-    type of its constants)."""
+    type of its constants), and where peaks are known share_of_peak: from 0 to 1; above 1 where an algorithm does less
+    arithmetic than it is credited with (Winograd); None for kinds without a peak."""
     stopped_early: bool = False
     """True when the time budget ended before every task was searched; the best so far was kept."""
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    """By kind, GFLOP/s (GOP/s of bytes) that one core of this machine reached; empty where nothing was timed."""
 
     @property
     def kernels_us(self) -> float:

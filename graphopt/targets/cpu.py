@@ -183,6 +183,7 @@ class Cpu(Target):
         Raises TargetError when the target is not this machine's processor: then nothing can be measured. With
         `seconds` 0 the templates' first decisions stand.
         """
+        from graphopt.targets.tuning import peak
         from graphopt.targets.tuning.search import Search
 
         if seconds > 0 and not self.features <= capabilities.host_features():
@@ -191,7 +192,8 @@ class Cpu(Target):
         if seconds > 0 and lowered.tiles:
             amx_permission.require(f"a kernel for {self}")
         search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
-        return search.run(seconds)
+        report = search.run(seconds)
+        return peak.with_shares(report, self) if seconds > 0 else report
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""

@@ -8,19 +8,36 @@ instruction that kernels take (see `schedules.dot`), or of AMX tiles.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from graphopt.targets.base import TuningReport
     from graphopt.targets.cpu import Cpu
 
 STEPS = 20_000
 WINDOWS = 40
 
 
-def peaks(target: Cpu) -> dict[str, float]:
-    """By element type of a kernel's weights, GFLOP/s (GOP/s of bytes) of one core. Takes about a second."""
+def with_shares(report: TuningReport, target: Cpu) -> TuningReport:
+    """The report with this machine's peaks, and each kernel's share of them on the target's number of threads."""
+    found = peaks(target)
+
+    def share(row: Mapping[str, Any]) -> float | None:
+        peak = found.get(row["kind"])
+        return None if peak is None or row["gflops"] is None else row["gflops"] / (peak * target.thread_count)
+
+    rows = tuple({**row, "share_of_peak": share(row)} for row in report.rows)
+    return replace(report, rows=rows, peaks=dict(found))
+
+
+@lru_cache(maxsize=8)
+def peaks(target: Cpu) -> Mapping[str, float]:
+    """By element type of a kernel's weights, GFLOP/s (GOP/s of bytes) of one core. Takes about a second, once."""
     found = {"float32": fma_gflops(target)}
     bytes_ = tile_gops(target) if "amx_int8" in target.features else dot_gops(target)
     if bytes_ is not None:
