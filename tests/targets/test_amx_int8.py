@@ -166,3 +166,16 @@ def test_a_quantized_network_runs_on_tiles():
     result: Any = oracle.loaded(module, vectors)["main"](tvm.runtime.tensor(feeds["x"]))
     assert TILES.products > before
     np.testing.assert_array_equal(result.numpy(), oracle.compiled(made, feeds, vectors)["y"])
+
+
+def test_vectors_where_the_system_refuses_tiles(monkeypatch):
+    from graphopt import capabilities
+    from graphopt.runtime import amx_permission
+
+    monkeypatch.setattr(capabilities, "host_mcpu", lambda: "sapphirerapids")
+    monkeypatch.setattr(amx_permission, "granted", lambda: False)
+    assert Cpu().capabilities.dot_int8 == "avx512vnni"
+    assert not Cpu().uses_tiles(True)
+    monkeypatch.setattr(amx_permission, "granted", lambda: True)
+    assert Cpu().capabilities.dot_int8 == "amx"
+    assert Cpu().uses_tiles(True) and not Cpu().uses_tiles(False)

@@ -64,7 +64,14 @@ class Weights:
     """int8 weights, and the scale of each output channel."""
 
     integers: np.ndarray
+    """Output channels first."""
     scales: np.ndarray
+
+    @property
+    def fit(self) -> bool:
+        """Whether sums of products with bytes stay within 32 bits."""
+        rows = self.integers.reshape(len(self.integers), -1)
+        return 255 * int(np.abs(rows.astype(np.int64)).sum(axis=1).max(initial=0)) < INTEGER_SUMS
 
 
 def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: Value | None) -> Value | None:
@@ -73,7 +80,7 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     if encoded is None or encoded.source.dtype != "uint8" or not data.is_image or not isinstance(weight, Integers):
         return None
     weights = weight.signed(0)
-    if weights is None:
+    if weights is None or not weights.fit:
         return None
     assert data.shape is not None
     size, kernel = data.shape[2:], weights.integers.shape[2:]
@@ -180,6 +187,8 @@ def product(
     if weights is None:
         return None
     matrix = weights.integers if transposed else np.ascontiguousarray(weights.integers.T)
+    if not Weights(matrix, weights.scales).fit:
+        return None
     if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
     plan = _planned(encoded.scale, encoded.zero_point, Weights(matrix, weights.scales), bias, INTEGER_SUMS)
