@@ -555,3 +555,39 @@ def test_bytes_are_those_of_onnx_runtime(seed, activation):
     found = compiled(made, {"x": x})
     for name, wanted in zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True):
         np.testing.assert_array_equal(found[name], np.asarray(wanted), err_msg=name)
+
+
+@pytest.mark.parametrize(("group", "stride", "zero"), [(1, 2, 0), (1, 2, 77), (1, 1, 9), (2, 2, 5), (1, 3, 128)])
+def test_transposed_convolution_of_bytes(group, stride, zero):
+    """One integer convolution a phase: scales of 1, so that what comes out are the sums."""
+    rng = np.random.default_rng(12)
+    x = rng.integers(0, 256, (1, 8, 6, 5)).astype(np.uint8)
+    w = rng.integers(-127, 128, (8, 12 // group, 4, 4)).astype(np.int8)
+    constants = {"s": np.array(1, np.float32), "z": np.array(zero, np.uint8), "w": w, "one": np.array(1, np.float32),
+                 "nought": np.array(0, np.int8), "b": rng.integers(-99, 99, 12).astype(np.float32)}  # fmt: skip
+    nodes = [
+        node("DequantizeLinear", ["x", "s", "z"], ["xd"]),
+        node("DequantizeLinear", ["w", "one", "nought"], ["wd"]),
+        node("ConvTranspose", ["xd", "wd", "b"], ["y"], strides=[stride, stride], pads=[1, 1, 1, 1], group=group),
+    ]
+    made = model(nodes, {"x": x}, ["y"], constants)
+    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
+    assert any("rescale" in name for name in names), names
+    np.testing.assert_array_equal(compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("zero", [0, 40])
+def test_one_dimensional_convolution_of_bytes(zero):
+    rng = np.random.default_rng(13)
+    x = rng.integers(0, 256, (2, 12, 30)).astype(np.uint8)
+    w = rng.integers(-127, 128, (20, 12, 5)).astype(np.int8)
+    constants = {"s": np.array(1, np.float32), "z": np.array(zero, np.uint8), "w": w,
+                 "ws": np.ones(20, np.float32), "wz": np.zeros(20, np.int8)}  # fmt: skip
+    nodes = [
+        node("DequantizeLinear", ["x", "s", "z"], ["xd"]),
+        node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        node("Conv", ["xd", "wd"], ["y"], pads=[2, 1], strides=[2]),
+    ]
+    made = model(nodes, {"x": x}, ["y"], constants)
+    assert any("rescale" in name for name in pipeline.prim_funcs(TARGET.lower(made).module))
+    np.testing.assert_array_equal(compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"])

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.targets.relax import computes
+from graphopt.targets.relax import computes, integer_layers
 from graphopt.targets.relax.convolution import dense_or_grouped
 from graphopt.targets.relax.emitters import Inputs, Node, emits, is_float_image
+from graphopt.targets.relax.integer_layers import Weights
 from graphopt.targets.relax.values import INJECTIVE, Builder, Value
 
 Pair = tuple[int, int]
@@ -84,17 +85,21 @@ def conv_transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
     assert data is not None and data.shape is not None
     if "output_shape" in node.attributes:
         return None
-    kernel, axes = _flipped(weight.const, int(node.get("group", 1))), _axes(node, data, weight.const)
+    groups = int(node.get("group", 1))
+    kernel, axes = _flipped(weight.const, groups), _axes(node, data, weight.const)
     high, wide = axes[0].phases(), axes[1].phases()
     if high is None or wide is None:
         return _over_spread_input(builder, node, data, kernel, bias, axes)
+    integers = integer_layers.transposed_weights(data, weight, groups)
+    if integers is not None:
+        kernel = _flipped(integers.integers, groups)
     dilations = (axes[0].dilation, axes[1].dilation)  # 1 along an axis with several phases
     parts = []
     for row in high:
         for column in wide:
             taps = np.ascontiguousarray(kernel[:, :, row.taps, column.taps])
             pads = (row.before, column.before, row.after, column.after)
-            part = dense_or_grouped(builder, _plain(node, pads, dilations), data, taps, bias)
+            part = _phase(builder, _plain(node, pads, dilations), data, taps, integers, bias)
             if part is None:
                 return None
             parts.append(part)
@@ -109,6 +114,16 @@ def conv_transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
         pattern=INJECTIVE,
     )
     return [Value((*parts[0].shape[:2], *out), "float32", blocked=joined, block=parts[0].block)]
+
+
+def _phase(
+    builder: Builder, node: Node, data: Value, taps: np.ndarray, integers: Weights | None, bias: Value | None
+) -> Value | None:
+    """One phase: a convolution in float32, or of bytes where `integers` has the scales of its outputs."""
+    if integers is None:
+        return dense_or_grouped(builder, node, data, taps, bias)
+    weights = Weights(taps, integers.scales)
+    return integer_layers.dense_or_depthwise(builder, node, data, weights, bias) if weights.fit else None
 
 
 def _over_spread_input(

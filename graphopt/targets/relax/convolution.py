@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return [found]
     kernel = weight.const
     if len(data.shape) == 3:  # one-dimensional: the same with a height of one
-        planes = (*data.shape[:2], 1, data.shape[2])
-        flat = Value(planes, data.dtype)
-        flat.plain = builder.reshape(builder.plain(data), planes)
-        found = dense_or_grouped(builder, _lift(node), flat, kernel[:, :, None, :], bias)
+        flat = _flat(builder, data)
+        found = integer_layers.convolution(builder, _lift(node), flat, integer_layers.lifted(weight), bias)
+        if found is None:
+            found = dense_or_grouped(builder, _lift(node), flat, kernel[:, :, None, :], bias)
         if found is None:
             return None
         batch, channels, _, width = found.shape  # type: ignore[misc]
@@ -38,6 +39,17 @@ def conv(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     found = dense_or_grouped(builder, node, data, kernel, bias)
     return None if found is None else [found]
+
+
+def _flat(builder: Builder, data: Value) -> Value:
+    """A row (N, C, W) as a picture of height 1; bytes stay bytes."""
+    assert data.shape is not None
+    planes = (*data.shape[:2], 1, data.shape[2])
+    if data.encoded is None:
+        return Value(planes, data.dtype, plain=builder.reshape(builder.plain(data), planes))
+    source = data.encoded.source
+    stored = Value(planes, source.dtype, plain=builder.reshape(builder.moved(source), planes))
+    return Value(planes, data.dtype, encoded=replace(data.encoded, source=stored))
 
 
 def _lift(node: Node) -> Node:

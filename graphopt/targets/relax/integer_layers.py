@@ -59,6 +59,14 @@ class Integers(Value):
         return Weights(difference.astype(np.int8), scales.astype(np.float64))
 
 
+def lifted(weight: Value) -> Value:
+    """The weights of a one-dimensional convolution with a height of 1."""
+    if not isinstance(weight, Integers) or weight.const is None:
+        return weight
+    const, integers = weight.const[:, :, None], weight.integers[:, :, None]
+    return Integers(const, integers, weight.scale, weight.zero_point, weight.axis)
+
+
 @dataclass(frozen=True)
 class Weights:
     """int8 weights, and the scale of each output channel."""
@@ -82,9 +90,14 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
     weights = weight.signed(0)
     if weights is None or not weights.fit:
         return None
-    assert data.shape is not None
-    size, kernel = data.shape[2:], weights.integers.shape[2:]
-    geometry = geometry_of(node, size, kernel)
+    return dense_or_depthwise(builder, node, data, weights, bias)
+
+
+def dense_or_depthwise(builder: Builder, node: Node, data: Value, weights: Weights, bias: Value | None) -> Value | None:
+    """A convolution of an encoded picture with the attributes of `node` and weights (M, C / groups, kH, kW)."""
+    encoded = data.encoded
+    assert data.shape is not None and encoded is not None
+    geometry = geometry_of(node, data.shape[2:], weights.integers.shape[2:])
     groups = int(node.get("group", 1))
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
         if weights.integers[0].size > EXACT_TAPS:
@@ -97,6 +110,17 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
         sums = dense_sums(builder, encoded.source, weights.integers, plan.start, groups, geometry, frame)
     shape = (data.shape[0], weights.integers.shape[0], *geometry["out_size"])
     return plan.result(shape, sums)
+
+
+def transposed_weights(data: Value, weight: Value, groups: int) -> Weights | None:
+    """The int8 weights (C, M / groups, kH, kW) of a transposed convolution of bytes, and a scale for each of the M
+    outputs; None where it is not one."""
+    if data.encoded is None or data.encoded.source.dtype != "uint8" or not isinstance(weight, Integers):
+        return None
+    weights = weight.signed(1)
+    if weights is None or (groups > 1 and weight.scale.size > 1):
+        return None
+    return Weights(weights.integers, np.tile(weights.scales, groups))
 
 
 @dataclass(frozen=True)
