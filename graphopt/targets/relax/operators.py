@@ -88,13 +88,16 @@ def clip(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
 
 
 def _clipped(builder: Builder, data: Value, low: float | None, high: float | None, name: str) -> list[Value]:
+    least, most = -math.inf if low is None else low, math.inf if high is None else high
     if data.sums is not None and data.readers == 1:
-        least, most = -math.inf if low is None else low, math.inf if high is None else high
         return [replace(data, sums=data.sums.clipped(least, most))]
     if data.joint is not None and data.readers == 1:
-        least, most = -math.inf if low is None else low, math.inf if high is None else high
         return [replace(data, joint=data.joint.clipped(least, most))]
-    return _unary(builder, data, elementwise.clip_of(low, high), name, numbers=partial(np.clip, min=low, max=high))
+
+    def numbers(x: np.ndarray) -> np.ndarray:
+        return np.maximum(np.minimum(x, most), least)
+
+    return _unary(builder, data, elementwise.clip_of(low, high), name, numbers=numbers)
 
 
 @emits("LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu")
