@@ -45,7 +45,9 @@ class TvmEngine:
         self.folder = Path(folder)
         description = _read_description(self.folder)
         _check_processor(description, self.folder)
-        if description.get("tiles", False):
+        # A description without "tiles" is of a time when only bfloat16 kernels used them.
+        older = description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]
+        if description.get("tiles", older):
             amx_permission.require(str(self.folder))
         library = self.folder / LIBRARY
         _check_whole(library, description)

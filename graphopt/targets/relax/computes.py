@@ -26,6 +26,7 @@ dilations (2), groups (blocks of channels where these do not mix)."""
 PARTS = "graphopt.parts"
 """Block annotation of `concat_lanes`: the channels of each part."""
 BYTES = ("uint8", "int8")
+"""Element types of quantized activations."""
 COLUMNS = "graphopt.columns"
 """Block annotation: columns of the packed weight's block."""
 
@@ -381,4 +382,5 @@ def padded(data, size: tuple[int, int], pads: Sequence[int], filler: float):
 
 
 def position(p, out_w: int, strides, dilations, kh, kw):
+    """Row and column of the padded picture that output `p` reads at tap (kh, kw)."""
     return p // out_w * strides[0] + kh * dilations[0], p % out_w * strides[1] + kw * dilations[1]

@@ -7,7 +7,7 @@ vector of 32-bit sums, in order of preference:
 - `pairs`: VPMADDUBSW, then VPMADDWD by ones, then an addition. Two products are added in 16 bits, with saturation, so
   this is exact only where the weights of each pair are small enough (annotation PAIRS): those quantized to 7 bits are;
 - `words`: the bytes of even and of odd places apart as 16-bit words, each multiplied by VPMADDWD: exact for all
-  weights, which are stored as words. SSE2 has it, so every x86-64 processor has it.
+  weights, which are stored as words. Taken from SSSE3 on (x86-64-v2); older processors have no template.
 
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (VPDPBUSD, PMADDUBSW, PMADDWD).
 """
