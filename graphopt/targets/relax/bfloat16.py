@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.capabilities import X86_FEATURES
+from graphopt.targets.relax import own_operators
 
 OPERATOR = "graphopt.narrow"
 FEATURE = "avx512_bf16"
@@ -56,65 +56,22 @@ def register() -> None:
 
     `narrow` does so by itself. A process that reads a function with the operator (from JSON, say) calls this first.
     """
-    import tvm
-    from tvm.ir import _ffi_api, register_op_attr
-    from tvm.tirx import compilation_pipeline
-
-    _ffi_api.RegisterOp(OPERATOR, "float32 to bfloat16 bits, nearest even")  # pyright: ignore[reportAttributeAccessIssue]
-    register_op_attr(OPERATOR, "TVectorizable", True)
-    register_op_attr(OPERATOR, "TCallEffectKind", 1)  # pure
-    register_op_attr(OPERATOR, "TScriptPrinterName", "narrow_bfloat16")
-    stock = compilation_pipeline.PIPELINE_MAP["s_tir"]
-    lowering = tvm.transform.module_pass(lambda module, _: _lower(module), opt_level=0, name="LowerNarrow")
-
-    def with_lowering():
-        passes, host, device = stock()
-        return tvm.transform.Sequential([passes, lowering]), host, device
-
-    compilation_pipeline.register_tir_pipeline("s_tir", with_lowering)
+    own_operators.register(OPERATOR, "float32 to bfloat16 bits, nearest even", "narrow_bfloat16", _lowered)
 
 
-def _lower(module):
-    """Replace the operator in every function of a module."""
+def _lowered(body, features: frozenset[str]):
     from tvm import tirx
 
-    for name, func in module.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            function: Any = func
-            body = _lowered(function.body, _has_instruction(func))
-            if not body.same_as(function.body):
-                module.update_func(name, func.with_body(body))
-    return module
-
-
-def _has_instruction(func) -> bool:
-    target = func.attrs.get("target") if func.attrs is not None else None
-    mcpu = str(target.attrs.get("mcpu", "")) if target is not None else ""
-    return FEATURE in X86_FEATURES.get(mcpu, frozenset())
-
-
-def _lowered(body, has_instruction: bool):
-    import tvm_ffi
-    from tvm import tirx
-    from tvm.ir import Call, Op
-
-    operator = Op.get(OPERATOR)
     widths: set[int] = set()
 
-    def rewrite(call):
-        if not isinstance(call.op, Op) or not call.op.same_as(operator):
-            return call
-        lanes = int(call.ty.dtype.lanes)
-        if not has_instruction:
+    def replacement(call, lanes: int):
+        if FEATURE not in features:
             return _rounded(call.args[0], lanes)
         widths.add(lanes)
         return tirx.call_pure_extern(_typed("uint16", lanes), _function(lanes), call.args[0])
 
-    body = tvm_ffi.structural_map(body, (Call, rewrite))
-    if not widths:
-        return body
-    text: Any = "\n".join(_definition(lanes) for lanes in sorted(widths))
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, body)
+    body = own_operators.replaced(body, OPERATOR, replacement)
+    return own_operators.importing(body, [_definition(lanes) for lanes in sorted(widths)])
 
 
 def _typed(kind: str, lanes: int) -> str:

@@ -17,11 +17,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from graphopt.capabilities import X86_FEATURES
+from graphopt.targets.relax import own_operators
 
 OPERATOR = "graphopt.lookup"
 WORDS = 64
@@ -47,67 +46,29 @@ def register() -> None:
 
     A process that reads a function with the operator (from JSON, say) calls this first.
     """
-    import tvm
-    from tvm.ir import _ffi_api, register_op_attr
-    from tvm.tirx import compilation_pipeline
-
-    _ffi_api.RegisterOp(OPERATOR, "a byte of a table of 256")  # pyright: ignore[reportAttributeAccessIssue]
-    register_op_attr(OPERATOR, "TVectorizable", True)
-    register_op_attr(OPERATOR, "TCallEffectKind", 1)  # pure
-    register_op_attr(OPERATOR, "TScriptPrinterName", "lookup_byte")
-    stock = compilation_pipeline.PIPELINE_MAP["s_tir"]
-    lowering = tvm.transform.module_pass(lambda module, _: _lower(module), opt_level=0, name="LowerLookup")
-
-    def with_lowering():
-        passes, host, device = stock()
-        return tvm.transform.Sequential([passes, lowering]), host, device
-
-    compilation_pipeline.register_tir_pipeline("s_tir", with_lowering)
+    own_operators.register(OPERATOR, "a byte of a table of 256", "lookup_byte", _lowered)
 
 
-def _lower(module):
-    """Replace the operator in every function of a module."""
+def _lowered(body, features: frozenset[str]):
     from tvm import tirx
 
-    for name, func in module.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            function: Any = func
-            body = _lowered(function.body, _permutes(func))
-            if not body.same_as(function.body):
-                module.update_func(name, func.with_body(body))
-    return module
-
-
-def _permutes(func) -> bool:
-    target = func.attrs.get("target") if func.attrs is not None else None
-    mcpu = str(target.attrs.get("mcpu", "")) if target is not None else ""
-    return "avx512f" in X86_FEATURES.get(mcpu, frozenset())
-
-
-def _lowered(body, permutes: bool):
-    import tvm_ffi
-    from tvm import tirx
-    from tvm.ir import Call, Op
-
-    operator = Op.get(OPERATOR)
+    permutes = "avx512f" in features
     definitions: dict[str, str] = {}
 
-    def rewrite(call):
-        if not isinstance(call.op, Op) or not call.op.same_as(operator):
-            return call
-        lanes = int(call.ty.dtype.lanes)
+    def replacement(call, lanes: int):
         words = [int(getattr(word, "value", word)) for word in call.args[1:]]
         name = f"graphopt_lookup_{hashlib.sha256(repr(words).encode()).hexdigest()[:16]}_{lanes}"
         definitions[name] = _definition(name, words, lanes, permutes)
         return tirx.call_pure_extern("int32" if lanes == 1 else f"int32x{lanes}", name, call.args[0])
 
-    body = tvm_ffi.structural_map(body, (Call, rewrite))
-    if not definitions:
-        return body
-    text: Any = "\n".join(definitions[name] for name in sorted(definitions))
-    if permutes:
-        text += "\ndeclare <16 x i32> @llvm.x86.avx512.vpermi2var.d.512(<16 x i32>, <16 x i32>, <16 x i32>)"
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, body)
+    body = own_operators.replaced(body, OPERATOR, replacement)
+    found = [definitions[name] for name in sorted(definitions)]
+    if found and permutes:
+        found.append(f"declare {_KIND} {_PERMUTE}({_KIND}, {_KIND}, {_KIND})")
+    return own_operators.importing(body, found)
+
+
+_KIND, _PERMUTE = "<16 x i32>", "@llvm.x86.avx512.vpermi2var.d.512"
 
 
 def _definition(name: str, words: Sequence[int], lanes: int, permutes: bool) -> str:

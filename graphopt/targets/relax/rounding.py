@@ -10,9 +10,8 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
-from graphopt.capabilities import X86_FEATURES
+from graphopt.targets.relax import own_operators
 
 OPERATOR = "graphopt.round"
 _WIDEST = (("avx512f", 16), ("avx2", 8), ("ssse3", 4))
@@ -38,68 +37,24 @@ def register() -> None:
 
     A process that reads a function with the operator (from JSON, say) calls this first.
     """
-    import tvm
-    from tvm.ir import _ffi_api, register_op_attr
-    from tvm.tirx import compilation_pipeline
-
-    _ffi_api.RegisterOp(OPERATOR, "float32 to int32, half to even")  # pyright: ignore[reportAttributeAccessIssue]
-    register_op_attr(OPERATOR, "TVectorizable", True)
-    register_op_attr(OPERATOR, "TCallEffectKind", 1)  # pure
-    register_op_attr(OPERATOR, "TScriptPrinterName", "round_to_int32")
-    stock = compilation_pipeline.PIPELINE_MAP["s_tir"]
-    lowering = tvm.transform.module_pass(lambda module, _: _lower(module), opt_level=0, name="LowerRound")
-
-    def with_lowering():
-        passes, host, device = stock()
-        return tvm.transform.Sequential([passes, lowering]), host, device
-
-    compilation_pipeline.register_tir_pipeline("s_tir", with_lowering)
+    own_operators.register(OPERATOR, "float32 to int32, half to even", "round_to_int32", _lowered)
 
 
-def _lower(module):
-    """Replace the operator in every function of a module."""
+def _lowered(body, features: frozenset[str]):
     from tvm import tirx
 
-    for name, func in module.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            function: Any = func
-            body = _lowered(function.body, _widest(func))
-            if not body.same_as(function.body):
-                module.update_func(name, func.with_body(body))
-    return module
-
-
-def _widest(func) -> int:
-    """Lanes of the widest instruction the target has; 0 where it is no x86 processor."""
-    target = func.attrs.get("target") if func.attrs is not None else None
-    mcpu = str(target.attrs.get("mcpu", "")) if target is not None else ""
-    features = X86_FEATURES.get(mcpu, frozenset())
-    return next((lanes for feature, lanes in _WIDEST if feature in features), 0)
-
-
-def _lowered(body, widest: int):
-    import tvm_ffi
-    from tvm import tirx
-    from tvm.ir import Call, Op
-
-    operator = Op.get(OPERATOR)
+    widest = next((lanes for feature, lanes in _WIDEST if feature in features), 0)
     widths: set[int] = set()
 
-    def rewrite(call):
-        if not isinstance(call.op, Op) or not call.op.same_as(operator):
-            return call
-        lanes = int(call.ty.dtype.lanes)
+    def replacement(call, lanes: int):
         if lanes not in _CALLS or lanes > widest:
             kind = "int32" if lanes == 1 else f"int32x{lanes}"
             return tirx.nearbyint(call.args[0]).astype(kind)
         widths.add(lanes)
         return tirx.call_pure_extern(f"int32x{lanes}", f"graphopt_round_{lanes}", call.args[0])
 
-    body = tvm_ffi.structural_map(body, (Call, rewrite))
-    if not widths:
-        return body
-    text: Any = "\n".join(_definition(lanes) for lanes in sorted(widths))
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, body)
+    body = own_operators.replaced(body, OPERATOR, replacement)
+    return own_operators.importing(body, [_definition(lanes) for lanes in sorted(widths)])
 
 
 def _definition(lanes: int) -> str:
