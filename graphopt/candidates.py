@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,21 +51,13 @@ class Candidate:
         return OnnxRuntimeEngine(self.path, threads).run
 
 
-def make_candidates(
-    source: Source,
-    variants: list[Variant],
-    target: Target,
-    settings: Settings,
-    reference: Reference,
-    data: Data,
-    work: Path,
-    progress: Progress,
-) -> list[Candidate]:
+def make_candidates(source: Source, variants: list[Variant], compiler: Compiler) -> list[Candidate]:
     """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target.
 
-    With `settings.precision` bf16, variants that are not lossy themselves are compiled in bfloat16 too; where there is
-    no evaluation data to judge these by, their noise on the verification samples does.
+    With the setting `precision` bf16, variants that are not lossy themselves are compiled in bfloat16 too; where there
+    is no evaluation data to judge these by, their noise on the verification samples does.
     """
+    settings = compiler.settings
     whole = CandidateRecord(INPUT, "input", "onnxruntime", "measured", size_bytes=source.path.stat().st_size)
     candidates = [Candidate(whole, None, source.path)]
     in_bf16 = [v for v in variants if settings.precision == "bf16" and v.fidelity is not Fidelity.LOSSY]
@@ -78,14 +71,9 @@ def make_candidates(
             record = _record(variant, "onnxruntime", "measured", size=variant.file.stat().st_size)
             candidates.append(Candidate(record, variant, variant.file))
         if settings.engine in ("auto", "tvm"):
-            folder = work / variant.name
-            sample = data.samples[0]
-            candidates.append(_compiled(variant, target, share, settings, reference, sample, folder, progress))
+            candidates.append(compiler.compile(variant, "float32", share))
             if variant in in_bf16:
-                folder = work / f"{variant.name}-bf16"
-                narrow = narrowed(target)
-                made = _compiled(variant, narrow, share, settings, reference, sample, folder, progress, "bf16")
-                candidates.append(_bounded(made, settings.min_snr) if data.evaluation is None else made)
+                candidates.append(compiler.compile(variant, "bf16", share))
     return candidates
 
 
@@ -94,41 +82,51 @@ def specialise(model: ir.Model, sample: Feeds) -> ir.Model:
     return models.fix_inputs(model, {name: array.shape for name, array in sample.items()})
 
 
-def _compiled(
-    variant: Variant,
-    target: Target,
-    tune_seconds: float,
-    settings: Settings,
-    reference: Reference,
-    sample: Feeds,
-    folder: Path,
-    progress: Progress,
-    precision: str = "float32",
-) -> Candidate:
-    from graphopt.runtime.tvm_engine import TvmEngine
+@dataclass(frozen=True)
+class Compiler:
+    """Compiles variants for the target, each into a folder of its own, and verifies what came out."""
 
-    folder.mkdir()
-    try:
-        lowered = target.lower(specialise(variant.model, sample))
-        tuning = target.tune(
-            lowered, seconds=tune_seconds, database=database_path(), seed=settings.seed, progress=progress
-        )
-        target.build(lowered, folder)
-        run = TvmEngine(folder, None).run
-        if precision == "float32":
-            errors = _verify(run, variant, reference)
-        else:
-            errors = reference.judge(run, Fidelity.LOSSY, f"compiling the {variant.name} variant in {precision}")
-    except VerificationError as error:
-        return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
-    except GraphoptError as error:
-        if not isinstance(error, TargetError):
-            raise
-        return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    record = _record(variant, "tvm", "measured", size=size, precision=precision)
-    record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
-    return Candidate(record, variant, folder)
+    target: Target
+    settings: Settings
+    reference: Reference
+    data: Data
+    work: Path
+    progress: Progress
+
+    def compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
+        """The candidate, with its status; `precision` is what images and weights in float are stored as."""
+        from graphopt.runtime.tvm_engine import TvmEngine
+
+        target = narrowed(self.target) if precision == "bf16" else self.target
+        folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
+        try:
+            lowered = target.lower(specialise(variant.model, self.data.samples[0]))
+            tuning = target.tune(
+                lowered,
+                seconds=tune_seconds,
+                database=database_path(),
+                seed=self.settings.seed,
+                progress=self.progress,
+            )
+            target.build(lowered, folder)
+            run = TvmEngine(folder, None).run
+            if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
+                errors = _verify(run, variant, self.reference)
+            else:
+                who = f"compiling the {variant.name} variant in {precision}"
+                errors = self.reference.judge(run, Fidelity.LOSSY, who)
+        except VerificationError as error:
+            return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
+        except GraphoptError as error:
+            if not isinstance(error, TargetError):
+                raise
+            return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        record = _record(variant, "tvm", "measured", size=size, precision=precision)
+        record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
+        made = Candidate(record, variant, folder)
+        noise_counts = precision != "float32" and variant.fidelity is not Fidelity.LOSSY
+        return _bounded(made, self.settings.min_snr) if noise_counts and self.data.evaluation is None else made
 
 
 def _bounded(candidate: Candidate, min_snr: float) -> Candidate:

@@ -22,10 +22,11 @@ from typing import Any
 from graphopt import calibration, samples
 from graphopt import model as models
 from graphopt.artifact_writer import write_artifact
-from graphopt.candidates import Candidate, make_candidates
+from graphopt.candidates import Candidate, Compiler, make_candidates
 from graphopt.errors import DataError
 from graphopt.gate import choose, explain, time_candidates
 from graphopt.measure import PairedResult, environment
+from graphopt.mixing import mix
 from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
@@ -106,7 +107,7 @@ def run(
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
         with _timed(report, "compile"):
-            candidates = make_candidates(source, variants, target, settings, reference, data, work, progress)
+            candidates = _compile(source, variants, target, reference, data, settings, report, work, progress)
         with _timed(report, "measure"):
             chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
         if stage is not None:
@@ -219,6 +220,25 @@ def _rewrite(
             f"{settings.max_drop:g} are allowed; the artifact carries a variant that keeps the bound"
         )
     return variants
+
+
+def _compile(
+    source: Source,
+    variants: list[Variant],
+    target: Target,
+    reference: Reference,
+    data: Data,
+    settings: Settings,
+    report: Report,
+    work: Path,
+    progress: Progress,
+) -> list[Candidate]:
+    compiler = Compiler(target, settings, reference, data, work, progress)
+    candidates = make_candidates(source, variants, compiler)
+    candidates, report.layers = mix(candidates, compiler)
+    known = {v.name for v in variants}
+    report.variants += [c.variant.record for c in candidates if c.variant is not None and c.variant.name not in known]
+    return candidates
 
 
 def _measure_and_choose(

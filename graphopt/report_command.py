@@ -12,6 +12,7 @@ from graphopt import errors
 from graphopt.artifact_writer import REPORT
 from graphopt.console import STDOUT
 from graphopt.report.text import to_text
+from graphopt.report.text_layers import layer_table
 from graphopt.tuning_commands import kernel_table
 
 
@@ -21,7 +22,7 @@ from graphopt.tuning_commands import kernel_table
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", is_flag=True)
 def report(artifact: Path, everything: bool, format_: str, verbose: bool) -> int:
-    """The report of ARTIFACT, and its kernels: time, GFLOP/s and share of this processor's peak, layer by layer.
+    """The report of ARTIFACT: its layers in 8 bits and in float, and its kernels: time, GFLOP/s and share of peak.
 
     Kernels are those of the delivered candidate, if it was compiled.
     """
@@ -30,6 +31,9 @@ def report(artifact: Path, everything: bool, format_: str, verbose: bool) -> int
         click.echo(json.dumps(found))
         return errors.EXIT_DONE
     STDOUT.print(to_text(found, details=verbose))
+    layers = layer_table(found)
+    if layers is not None:
+        STDOUT.print(layers)
     delivered = (found.get("choice") or {}).get("candidate")
     for candidate in found.get("candidates") or ():
         tuning = candidate.get("tuning")

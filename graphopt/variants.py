@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Variant:
     file: Path
     record: VariantRecord
     fidelity: Fidelity
+    with_float: Callable[[tuple[str, ...], str], Variant] | None = None
+    """Makes this variant with these layers left float too, under another name; None where passes leave none out."""
 
     @property
     def name(self) -> str:
@@ -123,7 +125,8 @@ def make_variants(
     exact = _exact_variant(exact_model, exact_part, records, judge, work)
     if not lossy_part.passes:
         return [exact]
-    return [exact, _final_variant(exact, pipeline, lossy_part, data, judge, context, reference, work, on_pass)]
+    lossy = _LossyPart(exact, pipeline, lossy_part, data, judge, context, reference, work)
+    return [exact, lossy.final(on_pass)]
 
 
 def _exact_variant(
@@ -137,43 +140,83 @@ def _exact_variant(
     return Variant(model, file, _record(model, file, pipeline, accuracy, drop, _last_errors(records)), fidelity)
 
 
-def _final_variant(
-    exact: Variant,
-    pipeline: Pipeline,
-    lossy_part: Pipeline,
-    data: Data,
-    judge: Judge,
-    context: Context,
-    reference: Reference,
-    work: Path,
-    on_pass: Callable[[PassRecord], None],
-) -> Variant:
-    observations = Observations()
-    model, records = lossy_part.run(exact.model, context, reference, on_pass, observations)
-    file = work / "final.onnx"
-    models.save(model, file)
-    accuracy = judge.accuracy(file)
-    drop = plain_drop = None if accuracy is None else judge.drop(accuracy)
-    within, returned = True, ()
-    if accuracy is not None and drop is not None and not judge.bound.met(drop, accuracy.metric):
+@dataclass(frozen=True)
+class _LossyPart:
+    """The second part of a pipeline, run on the exact variant with one set of layers or another left float."""
 
-        def rebuild(excluded: tuple[str, ...]) -> ir.Model:
-            return lossy_part.excluding(excluded).run(exact.model, context, observations=observations)[0]
+    exact: Variant
+    pipeline: Pipeline
+    """The whole of it."""
+    part: Pipeline
+    data: Data
+    judge: Judge
+    context: Context
+    reference: Reference
+    work: Path
+    observations: Observations = field(default_factory=Observations)
 
-        found = _recover(rebuild, exact.model, model, data.calibration, judge, accuracy.metric, context)
-        model, drop, within, returned = found.model, found.drop, found.met, found.nodes
-        pipeline, lossy_part = pipeline.excluding(returned), lossy_part.excluding(returned)
-        models.save(model, file)
-        accuracy = judge.accuracy(file)
-    errors = reference.judge_model(model, Fidelity.LOSSY, str(lossy_part)) if returned else _last_errors(records)
-    record = dataclasses.replace(
-        _record(model, file, pipeline, accuracy, drop, errors),
-        within_bound=within,
-        plain_drop=plain_drop,
-        returned_to_float=returned,
-        layer_snr_db=layer_snr_db(exact.model, model, data.samples, work),
-    )
-    return Variant(model, file, record, Fidelity.LOSSY)
+    def final(self, on_pass: Callable[[PassRecord], None]) -> Variant:
+        """After all passes, with layers returned to float where the bound needs it."""
+        model, records = self.part.run(self.exact.model, self.context, self.reference, on_pass, self.observations)
+        accuracy, drop = self._saved(model, "final")
+        plain_drop, returned, errors = None, (), _last_errors(records)
+        if accuracy is not None and drop is not None and not self.judge.bound.met(drop, accuracy.metric):
+            plain_drop = drop
+            found = _recover(
+                self._without, self.exact.model, model, self.data.calibration, self.judge, accuracy.metric, self.context
+            )
+            model, returned = found.model, found.nodes
+            accuracy, drop = self._saved(model, "final")
+            errors = self._errors(model, returned) if returned else errors
+        record = self._record(model, "final", returned, accuracy, drop, errors)
+        record = dataclasses.replace(record, plain_drop=plain_drop, returned_to_float=returned)
+
+        def with_float(floats: tuple[str, ...], name: str) -> Variant:
+            return self._mixed((*returned, *floats), floats, name)
+
+        able = any(hasattr(each, "exclude") for each in self.part.passes)
+        return Variant(model, self._file("final"), record, Fidelity.LOSSY, with_float if able else None)
+
+    def _mixed(self, excluded: tuple[str, ...], floats: tuple[str, ...], name: str) -> Variant:
+        model = self._without(excluded)
+        accuracy, drop = self._saved(model, name)
+        record = self._record(model, name, excluded, accuracy, drop, self._errors(model, excluded))
+        return Variant(
+            model, self._file(name), dataclasses.replace(record, float_for_speed=floats), Fidelity.LOSSY
+        )  # fmt: skip
+
+    def _without(self, excluded: tuple[str, ...]) -> ir.Model:
+        part = self.part.excluding(excluded)
+        return part.run(self.exact.model, self.context, observations=self.observations)[0]
+
+    def _file(self, name: str) -> Path:
+        return self.work / f"{name}.onnx"
+
+    def _saved(self, model: ir.Model, name: str) -> tuple[Accuracy | None, float | None]:
+        """Its accuracy and what that lost."""
+        models.save(model, self._file(name))
+        accuracy = self.judge.accuracy(self._file(name))
+        return accuracy, None if accuracy is None else self.judge.drop(accuracy)
+
+    def _errors(self, model: ir.Model, excluded: tuple[str, ...]) -> tuple[OutputError, ...]:
+        return self.reference.judge_model(model, Fidelity.LOSSY, str(self.part.excluding(excluded)))
+
+    def _record(
+        self,
+        model: ir.Model,
+        name: str,
+        excluded: tuple[str, ...],
+        accuracy: Accuracy | None,
+        drop: float | None,
+        errors: tuple[OutputError, ...],
+    ) -> VariantRecord:
+        pipeline = self.pipeline.excluding(excluded)
+        within = accuracy is None or drop is None or self.judge.bound.met(drop, accuracy.metric)
+        return dataclasses.replace(
+            _record(model, self._file(name), pipeline, accuracy, drop, errors),
+            within_bound=within,
+            layer_snr_db=layer_snr_db(self.exact.model, model, self.data.samples, self.work),
+        )
 
 
 def _record(

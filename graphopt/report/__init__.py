@@ -5,9 +5,19 @@ from graphopt.report.record import (
     CandidateRecord,
     Choice,
     DataRecord,
+    LayerRecord,
     Report,
     SourceRecord,
     VariantRecord,
 )
 
-__all__ = ["SCHEMA", "CandidateRecord", "Choice", "DataRecord", "Report", "SourceRecord", "VariantRecord"]
+__all__ = [
+    "SCHEMA",
+    "CandidateRecord",
+    "Choice",
+    "DataRecord",
+    "LayerRecord",
+    "Report",
+    "SourceRecord",
+    "VariantRecord",
+]

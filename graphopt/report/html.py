@@ -56,6 +56,7 @@ def _parts(outcome: Outcome) -> Html:
             _operators(outcome),
             _passes(outcome),
             _layers(outcome),
+            _layer_times(outcome),
             _tuning(outcome),
             _conditions(outcome),
         ]
@@ -111,6 +112,17 @@ def _layers(outcome: Outcome) -> Html | None:
             )
             return section("Error per layer", "layers", shown, note=note)
     return None
+
+
+def _layer_times(outcome: Outcome) -> Html | None:
+    shown = tables.layer_times(outcome)
+    if shown is None:
+        return None
+    note = (
+        "The kernel of each layer, with what was fused behind it, timed in runs of the whole model, the candidates in "
+        "turns. What converts values between layers is not among them. The fastest is in bold."
+    )
+    return section("Time per layer", "layer-times", shown, note=note)
 
 
 def _tuning(outcome: Outcome) -> Html | None:

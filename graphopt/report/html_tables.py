@@ -194,6 +194,31 @@ def _skips(record: Mapping[str, Any]) -> Html:
     return fold([el("strong", name), f": {count}"], notes, skipped if rows else None)
 
 
+def layer_times(outcome: Outcome) -> Html | None:
+    """The time of each layer in every compiled candidate, and what it multiplies there."""
+    layers = outcome.report.get("layers") or ()
+    names = list(dict.fromkeys(name for layer in layers for name in layer["seconds"]))
+    if not names:
+        return None
+    rows = [
+        (code(layer["layer"]), layer["operator"], *(_layer_time(layer, name, names) for name in names))
+        for layer in layers
+    ]
+    numeric = tuple(range(2, 2 + len(names)))
+    headings = ("layer", "operator", *(f"{name}, µs" for name in names))
+    shown = table(headings, rows, label="time of every layer", numeric=numeric, wide=0)
+    return fold(f"All {plural(len(layers), 'layer')}", shown)
+
+
+def _layer_time(layer: Mapping[str, Any], candidate: str, names: Sequence[str]) -> Child:
+    seconds = layer["seconds"].get(candidate)
+    if not finite(seconds):
+        return "-"
+    text = f"{1e6 * seconds:.1f} {layer['precision'][candidate]}"
+    fastest = min(layer["seconds"][name] for name in names if finite(layer["seconds"].get(name)))
+    return el("strong", text) if seconds == fastest and len(names) > 1 else text
+
+
 def tuning(records: Sequence[Mapping[str, Any]]) -> Html | None:
     """What the schedule search decided, by candidate."""
     parts = [_tuning(r["name"], r["tuning"]) for r in records if r.get("tuning")]

@@ -53,7 +53,8 @@ class VariantRecord:
     """One version of the model on its way through the passes."""
 
     name: str
-    """`input`, `exact` (after the passes before the first lossy one) or `final` (after all)."""
+    """`exact` (after the passes before the first lossy one), `final` (after all) or `mixed` (`final` with layers in
+    float that are faster so)."""
     pipeline: str
     nodes: int
     operators: Mapping[str, int]
@@ -69,6 +70,9 @@ class VariantRecord:
     plain_drop: float | None = None
     """The drop before any layer was returned to float."""
     returned_to_float: tuple[str, ...] = ()
+    """For the accuracy bound."""
+    float_for_speed: tuple[str, ...] = ()
+    """Layers left float because they are faster so on the target."""
     layer_snr_db: Mapping[str, float] = field(default_factory=dict)
     """By node: signal-to-noise of its output against the same value in the exact variant."""
 
@@ -97,6 +101,19 @@ class CandidateRecord:
 
 
 @dataclass(frozen=True)
+class LayerRecord:
+    """One layer in the compiled candidates."""
+
+    layer: str
+    """The node's label."""
+    operator: str
+    seconds: Mapping[str, float]
+    """By candidate: its kernel in a run of the whole model, median; what was fused behind it included."""
+    precision: Mapping[str, str]
+    """By candidate: what is multiplied, `int8`, `float32` or `bf16`."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which candidate the artifact carries, and why."""
 
@@ -119,6 +136,8 @@ class Report:
     passes: list[PassRecord] = field(default_factory=list)
     variants: list[VariantRecord] = field(default_factory=list)
     candidates: list[CandidateRecord] = field(default_factory=list)
+    layers: tuple[LayerRecord, ...] = ()
+    """Layers with kernels of their own in the compiled candidates, in graph order."""
     choice: Choice | None = None
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

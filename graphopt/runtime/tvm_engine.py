@@ -69,6 +69,8 @@ class TvmEngine:
         self._inputs = [_Slot(spec) for spec in description["inputs"]]
         self._outputs = [str(spec["name"]) for spec in description["outputs"]]
         self._borrowed: list[bool] | None = None
+        self.layer_calls: tuple[tuple[str, str], ...] = tuple((k, layer) for k, layer in description.get("layers", ()))
+        """The calls of kernels in a run, in order: the kernel, and the layer whose weights it reads, or ''."""
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,6 +111,13 @@ class TvmEngine:
             array = np.from_dlpack(tensor)  # an older numpy makes it read-only
             outputs[name] = array.copy() if borrowed or not array.flags.writeable else array
         return outputs
+
+    def watch(self, function: Any) -> None:
+        """Have TVM call `function` before and after each call of a kernel, for as long as the engine lives.
+
+        Its arguments are those of `VirtualMachine.set_instrument`.
+        """
+        self._machine.set_instrument(function)
 
     def _tensors(self, result: Any) -> Any:
         return [result] if len(self._outputs) == 1 and hasattr(result, "numpy") else result

@@ -43,6 +43,8 @@ class LoweredModel:
     """By kernel: the template's name and its decision. Kernels that are absent get their template's first."""
     tiles: bool = False
     """Whether kernels may use AMX tile registers."""
+    layers: tuple[tuple[str, str], ...] = ()
+    """The calls of kernels in a run, in order: the kernel, and the label of the layer whose weights it reads, or ''."""
 
 
 @dataclass(frozen=True)
@@ -148,23 +150,23 @@ class Cpu(Target):
         Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated, and
         TargetError where an input is dynamic or TVM refuses a node.
         """
-        from graphopt.targets.relax import importer, pipeline
+        from graphopt.targets.relax import importer, layer_calls, pipeline
 
         self.check_precision()
         integers = importer.multiplies_bytes(model)
         tiles = integers and "amx_int8" in self.features
         imported = importer.import_model(model, self.capabilities.float_lanes, self.precision, tiles)
-        module = pipeline.fuse(imported, chains="fusion" not in self.switched_off)
-        result = imported["main"].ret_ty
-        fields = list(result.fields) if hasattr(result, "fields") else [result]
-        params = imported["main"].params
+        module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
+        main = imported.module["main"]
+        fields = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
         names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
         outputs = [str(v.name) for v in model.graph.outputs]
         return LoweredModel(
             module,
-            tuple(_description(n, p.ty) for n, p in zip(names, params, strict=True)),
+            tuple(_description(n, p.ty) for n, p in zip(names, main.params, strict=True)),
             tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
             tiles=self.uses_tiles(integers),
+            layers=layer_calls.layer_calls(module, imported.made_for),
         )
 
     def tune(
@@ -229,6 +231,7 @@ class Cpu(Target):
             "threads": self.thread_count,
             "precision": self.precision,
             "tiles": lowered.tiles,
+            "layers": [list(call) for call in lowered.layers],
             "library_sha256": tvm_engine.library_digest(library),
             "inputs": list(lowered.inputs),
             "outputs": list(lowered.outputs),

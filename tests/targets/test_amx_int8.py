@@ -17,7 +17,8 @@ from graphopt.targets.schedules import conv2d_amx
 from graphopt.targets.schedules.workload import Machine, Workload
 from tests.targets import test_amx
 from tests.targets.amx_emulator import TILES, emulated
-from tests.targets.test_integer import integer_conv
+from tests.targets.integer_models import integer_conv, network
+from tests.targets.oracle import model, node
 
 FEATURES = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512f", "avx512_vnni", "avx512bw"})
 MACHINE = Machine(16, 32, 1, FEATURES)
@@ -139,13 +140,11 @@ def test_bfloat16_convolutions_compute_the_same_when_emulated(case):
     assert np.all(np.abs(result.numpy().astype(np.float64) - exact) <= bound)
 
 
-def test_a_quantized_network_runs_on_tiles():
-    """A whole model as it is lowered for such a processor, its tiles emulated: byte for byte the one with vectors."""
+def on_tiles(made: Any, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A model as it is lowered for a processor with tiles, these emulated, and the same with vectors."""
     from graphopt.targets.relax import pipeline
     from tests.targets import oracle
-    from tests.targets.test_integer import network
 
-    made, feeds = network(2, np.uint8, 0, "Relu")
     tiled, vectors = Cpu(mcpu="sapphirerapids", threads=1), Cpu(mcpu="cascadelake", threads=1)
     if not vectors.features <= host_features():
         pytest.skip("this processor lacks the vectors that stand around the tiles (AVX-512)")
@@ -165,7 +164,29 @@ def test_a_quantized_network_runs_on_tiles():
     before = TILES.products
     result: Any = oracle.loaded(module, vectors)["main"](tvm.runtime.tensor(feeds["x"]))
     assert TILES.products > before
-    np.testing.assert_array_equal(result.numpy(), oracle.compiled(made, feeds, vectors)["y"])
+    return result.numpy(), oracle.compiled(made, feeds, vectors)["y"]
+
+
+def test_a_quantized_network_runs_on_tiles():
+    """Byte for byte what vectors compute."""
+    found, wanted = on_tiles(*network(2, np.uint8, 0, "Relu"))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (2, 17, 128), (40, 100)])
+def test_products_of_many_rows_run_on_tiles(shape):
+    rng = np.random.default_rng(shape[0])
+    x = rng.integers(0, 256, shape).astype(np.uint8)
+    w = rng.integers(-127, 128, (shape[-1], 80)).astype(np.int8)
+    constants = {"s": np.float32(1), "z": np.uint8(9), "w": w, "ws": np.ones(80, np.float32)}
+    nodes = [
+        node("DequantizeLinear", ["x", "s", "z"], ["xd"]),
+        node("DequantizeLinear", ["w", "ws"], ["wd"], axis=1),
+        node("MatMul", ["xd", "wd"], ["y"]),
+    ]
+    found, vectors = on_tiles(model(nodes, {"x": x}, ["y"], constants), {"x": x})
+    np.testing.assert_array_equal(found, (x.astype(np.int64) - 9) @ w.astype(np.int64))
+    np.testing.assert_array_equal(vectors, found)
 
 
 def test_vectors_where_the_system_refuses_tiles(monkeypatch):

@@ -12,8 +12,8 @@ from graphopt.errors import UnsupportedOperatorError
 from graphopt.targets import schedules
 from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules.workload import Workload
+from tests.targets.integer_models import runnable
 from tests.targets.oracle import EPSILON, TARGET, compiled, reference, uniform
-from tests.targets.test_integer import runnable
 
 
 def built(nodes, x: np.ndarray, columns: int, constants: dict[str, onnx.TensorProto]) -> ir.Model:

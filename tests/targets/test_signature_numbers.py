@@ -7,8 +7,8 @@ import numpy as np
 from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules.workload import Workload
 from graphopt.targets.tuning.signature import workload_digest
+from tests.targets.integer_models import integer_weight, quantized
 from tests.targets.oracle import TARGET, model, node
-from tests.targets.test_integer import integer_weight, quantized
 
 
 def digests(zero: int, scale: float, size=(9, 10)) -> dict[str, str]:

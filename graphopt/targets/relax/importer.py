@@ -17,6 +17,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import onnx.inliner
 import onnx_ir as ir
 
 from graphopt.errors import TargetError, UnsupportedOperatorError
+from graphopt.graph import constant_of
 from graphopt.targets.relax import (
     bfloat16,
     block_weights,
@@ -70,7 +72,14 @@ _MOVES = frozenset(
 
 def multiplies_bytes(model: ir.Model) -> bool:
     """Whether a model is quantized, so that some of its kernels may multiply bytes."""
-    return any(_quantizes(node.op_type) for node in model.graph)
+    return any(_quantizes(node.op_type) or _reads_bytes(node) for node in model.graph)
+
+
+def _reads_bytes(node: ir.Node) -> bool:
+    """Whether it makes activations of bytes; of constants, it makes weights that may be multiplied as float32."""
+    if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return False
+    return constant_of(node.inputs[0]) is None
 
 
 def _quantizes(op_type: str) -> bool:
@@ -79,8 +88,18 @@ def _quantizes(op_type: str) -> bool:
     )
 
 
-def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles: bool = False):
-    """The Relax module of a model with static input shapes; its function is `main`.
+@dataclass(frozen=True)
+class Imported:
+    """A model as Relax."""
+
+    module: Any
+    """Its function is `main`."""
+    made_for: tuple[tuple[Any, str], ...]
+    """The constants in it, and the label of the ONNX node each was made for."""
+
+
+def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles: bool = False) -> Imported:
+    """A model with static input shapes as Relax.
 
     `lanes` are the float32 lanes of a vector; `precision` is `float32` or `bfloat16` (see `values`). `tiles`: kernels
     multiply bytes in AMX tiles, so blocks of channels are rows of one. Inputs and outputs of the graph keep their ONNX
@@ -130,7 +149,7 @@ class _Importer:
         self.values: dict[str, Value] = {}
         self.consumers = _consumers(proto.graph)
 
-    def run(self):
+    def run(self) -> Imported:
         from tvm import relax
 
         graph = self.proto.graph
@@ -152,7 +171,7 @@ class _Importer:
                 outputs = [self._output(o.name) for o in graph.output]
                 result = bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
             bb.emit_func_output(result)
-        return bb.get()
+        return Imported(bb.get(), tuple(self.builder.made_for))
 
     def _output(self, name: str):
         """The plain form under a binding of its own: an output may be an input or a constant."""
@@ -160,6 +179,7 @@ class _Importer:
 
     def _node(self, node: onnx.NodeProto) -> None:
         inputs = [self.values[name] if name else None for name in node.input]
+        self.builder.layer = _label(node)
         results = self._folded(node, inputs)
         if results is None:
             results = self._emitted(node, inputs)

@@ -10,6 +10,7 @@ CVPR 2018, section 2 (sums of products in 32 bits; zero points as a correction).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,26 @@ def pad_rows(data, *, depth: int):
         )
 
     return te.compute((*lead, depth), cell, name="pad_rows")
+
+
+def block_rows(data, *, block: int):
+    """(..., K) -> (1, ceil(K / block), M, block) with M the product of the leading extents; zeros where padded."""
+    from tvm import te, tirx
+
+    lead, depth = [int(d) for d in data.shape[:-1]], int(data.shape[-1])
+    rows = math.prod(lead)
+
+    def cell(_n, chunk, row, lane):
+        at = chunk * block + lane
+        place: list[Any] = []
+        rest: Any = row
+        for extent in reversed(lead):
+            place.insert(0, rest % extent if len(place) < len(lead) - 1 else rest)
+            rest = rest // extent
+        value = data[(*place, tirx.min(at, depth - 1) if depth % block else at)]
+        return tirx.if_then_else(at < depth, value, tirx.const(0, data.dtype)) if depth % block else value
+
+    return te.compute((1, -(-depth // block), rows, block), cell, name="block_rows")
 
 
 def unblock_rows(data, *, shape: tuple[int, ...]):

@@ -34,6 +34,8 @@ from graphopt.targets.relax.values import (
     block_array,
 )
 
+TILE_ROWS = 16
+"""Rows of a tile: fewer of them are too few for it."""
 EXACT_TAPS = 500
 """Products of a byte and an 8-bit weight that float32 adds up without rounding: 2^24 / 255 / 128 of them."""
 
@@ -226,19 +228,23 @@ def product(
 def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.ndarray, start: np.ndarray) -> Value:
     """`start` plus 32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
 
-    The rows are the positions of a 1x1 convolution, whose one input block is a whole row.
+    The rows are the positions of a 1x1 convolution. Its one input block is a whole row, which vectors read where it
+    lies; tiles want blocks of their own size.
     """
     columns, depth = matrix.shape
     rows = int(np.prod(shape[:-1]))
-    whole = -(-depth // integer_computes.QUAD) * integer_computes.QUAD
-    if whole != depth:
-        data = builder.call(integer_computes.pad_rows, data, depth=whole, pattern=INJECTIVE)
-    kernel = np.zeros((columns, whole, 1, 1), np.int8)
-    kernel[:, :depth, 0, 0] = matrix
-    packed = integer_computes.pack_weight(kernel, whole, builder.block_for(columns))
+    if builder.tiles and rows >= TILE_ROWS and depth > builder.block_for(depth) // 2:
+        block = builder.block_for(depth)
+        data = builder.call(integer_computes.block_rows, data, block=block, pattern=INJECTIVE)
+    else:
+        block = -(-depth // integer_computes.QUAD) * integer_computes.QUAD
+        if block != depth:
+            data = builder.call(integer_computes.pad_rows, data, depth=block, pattern=INJECTIVE)
+        data = builder.reshape(data, (1, 1, rows, block))
+    packed = integer_computes.pack_weight(matrix[:, :, None, None], block, builder.block_for(columns))
     sums = builder.call(
         integer_computes.conv2d,
-        builder.reshape(data, (1, 1, rows, whole)),
+        data,
         builder.constant(packed),
         _along_channels(builder, start, packed),
         size=(1, rows),

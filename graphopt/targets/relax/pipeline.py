@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,19 +35,24 @@ def prim_funcs(module) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def call_counts(module) -> dict[str, int]:
-    """How often `main` calls each PrimFunc."""
+def calls(module) -> list[tuple[str, list[Any]]]:
+    """Name and arguments of each call of a kernel that `main` makes, in order."""
     import tvm
     from tvm import relax
 
-    counts: dict[str, int] = {}
+    found = []
     for block in module["main"].body.blocks:
         for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and value.args and isinstance(value.args[0], tvm.ir.GlobalVar):
-                name = value.args[0].name_hint
-                counts[name] = counts.get(name, 0) + 1
-    return counts
+            call = binding.value
+            if isinstance(call, relax.Call) and call.args and isinstance(call.args[0], tvm.ir.GlobalVar):
+                packed: Any = call.args[1] if len(call.args) > 1 else ()
+                found.append((call.args[0].name_hint, list(getattr(packed, "fields", ()))))
+    return found
+
+
+def call_counts(module) -> dict[str, int]:
+    """How often `main` calls each PrimFunc."""
+    return Counter(name for name, _ in calls(module))
 
 
 def with_kernels(module, kernels: Mapping[str, Kernel]):

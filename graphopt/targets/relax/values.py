@@ -196,6 +196,10 @@ class Builder:
         self.lanes = lanes
         self.precision = precision
         self.tiles = tiles
+        self.layer = ""
+        """Label of the ONNX node being emitted."""
+        self.made_for: list[tuple[Any, str]] = []
+        """Every constant made so far, and the node it was made for."""
         self._roots: dict[str, int] = {}
 
     @property
@@ -259,7 +263,9 @@ class Builder:
         from tvm import relax
 
         array = np.asarray(array, order="C")  # ascontiguousarray would make a scalar a vector
-        return relax.const(array, str(array.dtype))
+        made = relax.const(array, str(array.dtype))
+        self.made_for.append((made, self.layer))
+        return made
 
     def widened(self, expression) -> Any:
         """float32 of a Relax expression that may be stored as bfloat16."""

@@ -68,8 +68,10 @@ def constant_arguments(module: Any) -> dict[str, tuple[int, ...]]:
     """By kernel, the indices of the arguments that are constants in every call `main` makes."""
     import tvm
 
+    from graphopt.targets.relax import pipeline
+
     found: dict[str, set[int]] = {}
-    for name, arguments in _calls(module):
+    for name, arguments in pipeline.calls(module):
         held = {i for i, argument in enumerate(arguments) if isinstance(argument, tvm.ir.GenericConst)}
         found[name] = found[name] & held if name in found else held
     return {name: tuple(sorted(held)) for name, held in found.items()}
@@ -79,28 +81,15 @@ def constant_bytes(module: Any) -> int:
     """Bytes of the constants that kernels read in one run of the model."""
     import tvm
 
+    from graphopt.targets.relax import pipeline
+
     seen: dict[Any, int] = {}
-    for _, arguments in _calls(module):
+    for _, arguments in pipeline.calls(module):
         for argument in arguments:
             if isinstance(argument, tvm.ir.GenericConst) and argument not in seen:
                 stored: Any = argument
                 seen[argument] = int(stored.value.numpy().nbytes)
     return sum(seen.values())
-
-
-def _calls(module: Any) -> list[tuple[str, list[Any]]]:
-    """Name and arguments of each call of a kernel."""
-    import tvm
-    from tvm import relax
-
-    found = []
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if isinstance(call, relax.Call) and len(call.args) > 1 and isinstance(call.args[0], tvm.ir.GlobalVar):
-                packed: Any = call.args[1]
-                found.append((call.args[0].name_hint, list(getattr(packed, "fields", ()))))
-    return found
 
 
 def _cost(workload: Workload, constants: tuple[int, ...]) -> Cost:

@@ -1,0 +1,128 @@
+"""Models that others quantized: QOperator, MatMulInteger, ConvInteger, dynamic quantization, against ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from graphopt.targets.relax import pipeline
+from tests.targets.integer_models import integer_conv
+from tests.targets.oracle import TARGET, compiled, model, node, reference
+
+
+def qoperator_model(per_channel: bool) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """What ONNX Runtime's quantizer writes in its QOperator format."""
+    rng = np.random.default_rng(4)
+    x = rng.uniform(-1, 1, (1, 3, 12, 12)).astype(np.float32)
+
+    def scheme(name, scale, zero):
+        return {name + "_s": np.float32(scale), name + "_z": np.uint8(zero)}
+
+    def weights(name, shape):
+        scale = rng.uniform(0.005, 0.01, shape[0] if per_channel else ()).astype(np.float32)
+        return {name: rng.integers(-127, 128, shape).astype(np.int8), name + "_s": scale,
+                name + "_z": np.zeros(scale.shape, np.int8)}  # fmt: skip
+
+    constants = {**scheme("x", 2 / 255, 128), **scheme("a", 0.05, 0), **scheme("b", 0.3, 120), **scheme("c", 0.3, 90),
+                 **scheme("g", 0.1, 100), **scheme("y", 0.2, 128), **weights("w1", (16, 3, 3, 3)),
+                 **weights("w2", (16, 16, 3, 3)), **scheme("k", 0.31, 95),
+                 "b1": rng.integers(-500, 500, 16).astype(np.int32)}  # fmt: skip
+    matrix = weights("w3", (32, 10))
+    if per_channel:
+        matrix |= {"w3_s": rng.uniform(0.005, 0.01, 10).astype(np.float32), "w3_z": np.zeros(10, np.int8)}
+    constants |= matrix
+    s = ["_s", "_z"]
+    m = "com.microsoft"
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x_s", "x_z"], ["xq"]),
+        helper.make_node("QLinearConv", ["xq", *("x" + i for i in s), "w1", *("w1" + i for i in s),
+                                         *("a" + i for i in s), "b1"], ["aq"], pads=[1, 1, 1, 1]),
+        helper.make_node("QLinearConv", ["aq", *("a" + i for i in s), "w2", *("w2" + i for i in s),
+                                         *("b" + i for i in s)], ["bq"], pads=[1, 1, 1, 1]),
+        helper.make_node("QLinearAdd", ["bq", *("b" + i for i in s), "aq", *("a" + i for i in s),
+                                        *("c" + i for i in s)], ["cq"], domain=m),
+        helper.make_node("QLinearConcat", ["k_s", "k_z", "cq", *("c" + i for i in s), "aq", *("a" + i for i in s)],
+                         ["kq"], axis=1, domain=m),
+        helper.make_node("QLinearGlobalAveragePool", ["kq", *("k" + i for i in s), *("g" + i for i in s)], ["gq"],
+                         domain=m),
+        helper.make_node("Flatten", ["gq"], ["fq"]),
+        helper.make_node("QLinearMatMul", ["fq", *("g" + i for i in s), "w3", *("w3" + i for i in s),
+                                           *("y" + i for i in s)], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "y_s", "y_z"], ["y"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "qoperators",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, 10))],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(m, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9), {"x": x}
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_qoperator_models(per_channel):
+    proto, feeds = qoperator_model(per_channel)
+    made = ir.from_proto(proto)
+    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
+    assert sum("dequantize" in name for name in names) == 1, names  # the last node
+    assert not any("matmul" in name for name in names), names
+    found, wanted = compiled(made, feeds)["y"], reference(made, feeds)["y"]
+    assert np.abs(found - wanted).max() <= 2 * 0.2 + 1e-6  # two quanta of the last of six roundings
+
+
+def test_the_model_that_is_compiled_is_not_changed():
+    proto, _ = qoperator_model(False)
+    made = ir.from_proto(proto)
+    before = ir.to_proto(made).SerializeToString()
+    TARGET.lower(made)
+    assert ir.to_proto(made).SerializeToString() == before
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("per_column", [False, True])
+def test_matmul_integer(dtype, per_column):
+    rng = np.random.default_rng(8)
+    info = np.iinfo(dtype)
+    x = rng.integers(info.min, info.max + 1, (2, 5, 37)).astype(dtype)
+    w = rng.integers(0, 128, (37, 20)).astype(np.uint8)
+    z = np.array(info.min + 77, dtype)
+    weight_zero = rng.integers(0, 100, 20 if per_column else ()).astype(np.uint8)
+    made = model([node("MatMulInteger", ["x", "w", "z", "wz"], ["y"])], {"x": x, "z": z}, ["y"],
+                 {"w": w, "wz": weight_zero})  # fmt: skip
+    wanted = (x.astype(int) - int(z)) @ (w.astype(int) - weight_zero.astype(int))
+    np.testing.assert_array_equal(compiled(made, {"x": x, "z": z})["y"], wanted.astype(np.int32))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_conv_integer(group):
+    rng = np.random.default_rng(9)
+    x, z = rng.integers(0, 256, (2, 6, 7, 8)).astype(np.uint8), np.array(93, np.uint8)
+    w = rng.integers(-100, 100, (9, 6 // group, 3, 2)).astype(np.int8)
+    window = {"pads": [1, 0, 2, 1], "strides": [2, 1], "group": group}
+    made = model([node("ConvInteger", ["x", "w", "z"], ["y"], **window)], {"x": x, "z": z}, ["y"], {"w": w})
+    wanted = integer_conv(x, w, 93, pads=(1, 0, 2, 1), strides=(2, 1), group=group)
+    np.testing.assert_array_equal(compiled(made, {"x": x, "z": z})["y"], wanted.astype(np.int32))
+
+
+def test_dynamic_quantization():
+    """What ONNX Runtime's quantize_dynamic writes for a MatMul."""
+    rng = np.random.default_rng(10)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    constants = {"w": rng.integers(-127, 128, (64, 32)).astype(np.int8), "ws": np.float32(0.01),
+                 "b": rng.standard_normal(32).astype(np.float32)}  # fmt: skip
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        node("MatMulInteger", ["xq", "w", "xz"], ["sums"]),
+        node("Cast", ["sums"], ["real"], to=onnx.TensorProto.FLOAT),
+        node("Mul", ["xs", "ws"], ["scale"]),
+        node("Mul", ["real", "scale"], ["scaled"]),
+        node("Add", ["scaled", "b"], ["y"]),
+    ]
+    made = model(nodes, {"x": x}, ["y"], constants)
+    found, wanted = compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"]
+    # one byte may be rounded the other way: a quantum of x times a weight, in each sum
+    assert np.abs(found - wanted).max() <= 2 * 6 / 255 * 1.27 + 1e-4
