@@ -29,6 +29,7 @@ def test_kernels_and_their_share_of_the_peak(artifact):
     shown = run("--all", artifact)
     assert shown.exception is None, shown.exception
     assert "Kernels of exact · tvm" in shown.stdout and "of peak" in shown.stdout
+    assert "Layers, µs in a run of the model" in shown.stdout and "float32" in shown.stdout
     whole = run("--format", "json", artifact)
     candidates = {c["name"]: c for c in json.loads(whole.stdout)["candidates"]}
     tuned = candidates["exact · tvm"]["tuning"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from graphopt.measure.stats import LatencyStats
 from graphopt.passes.base import Fidelity, Skip
 from graphopt.pipeline import PassRecord
-from graphopt.report import CandidateRecord, Choice, DataRecord, Report, SourceRecord, VariantRecord
+from graphopt.report import CandidateRecord, Choice, DataRecord, LayerRecord, Report, SourceRecord, VariantRecord
 from graphopt.report.html import to_html
 from graphopt.report.html_latency import read_latency
 from graphopt.report.html_layers import is_returned, relative_error
@@ -101,7 +101,7 @@ def full_report(layers: int = 40, count: int = 300) -> Report:
         VariantRecord("final", "simplify,quantize-int8{exclude=[/features/fire0/expand3x3/Conv2]}", 175, final,
                       1_260_000, 1_310_000, (OutputError("logits", 0.81, math.inf, 24.3),),
                       {"metric": "top1", "value": 71.8, "count": 1000}, 0.6, True, 1.7,
-                      ("/features/fire0/expand3x3/Conv2",), snr),
+                      ("/features/fire0/expand3x3/Conv2",), layer_snr_db=snr),
     ]  # fmt: skip
     row = {"workload": "conv2d 1x64x56x56 * 64x64x3x3", "template": "conv2d_blocked", "gflops": 71.4, "calls": 2,
            "decision": {"ow": 14, "lanes": 16, "unroll": True}, "time_us": 512.3}  # fmt: skip
@@ -132,6 +132,9 @@ def full_report(layers: int = 40, count: int = 300) -> Report:
         passes=passes,
         variants=variants,
         candidates=candidates,
+        layers=(LayerRecord(NASTY, "Conv", {"exact · tvm": 41e-6, "final · tvm": 11.5e-6},
+                            {"exact · tvm": "float32", "final · tvm": "int8"}),
+                LayerRecord("fc", "Gemm", {"exact · tvm": 7e-6}, {"exact · tvm": "float32"})),
         choice=Choice("final · onnxruntime", "final", "onnxruntime", "2.33x the speed of the input model"),
         seconds={"load": 1.1, "rewrite": 21.9, "compile": 64.0, "measure": 15.2},
     )  # fmt: skip
@@ -146,7 +149,7 @@ def page_of(report: Report) -> Page:
 def test_says_what_is_delivered_first():
     page = page_of(full_report())
     assert page.headings() == [
-        "latency", "candidates", "size", "accuracy", "operators", "passes", "layers", "tuning", "conditions"
+        "latency", "candidates", "size", "accuracy", "operators", "passes", "layers", "layer-times", "tuning", "conditions"
     ]  # fmt: skip
     first = page.text[: page.text.index("Raw samples of one")]
     for words in ("2.33× as fast as the input model and 74 % smaller", "final · onnxruntime", "[2.28, 2.37]",
@@ -168,6 +171,7 @@ def test_every_candidate_pass_layer_and_task_is_there():
     assert "14 tasks, 3 known from the database, 168 trials" in page.text
     assert "top-1 71.80 %−0.60 pointskept" in page.text
     assert "ow=14, lanes=16, unroll=True" in page.text
+    assert "41.0 float3211.5 int8" in page.text and "fcGemm7.0 float32-" in page.text
     assert page.count("rect") == len(report.variants[-1].layer_snr_db)
     assert page.count("rect", "returned") == 1
     assert "Conv20_output_0: 27.5 % (11.2 dB)" in page.text  # 10^(-11.2 / 20)

@@ -87,7 +87,7 @@ def test_gemm_with_factors():
 
 def test_repacked_weight_keeps_every_element():
     matrix = np.arange(1.0, 1 + 1700 * 50, dtype=np.float32).reshape(1700, 50)
-    from graphopt.targets.relax.operators import pack_matrix
+    from graphopt.targets.relax.products import pack_matrix
 
     nest = matmul_blocked.blocking(64, 50, 1700, {"rows": 8, "vectors": 3}, 16)
     stored = matmul_blocked.repack(pack_matrix(matrix, 64), 64, nest)

@@ -4,7 +4,7 @@ Three ways, in this order:
 
 1. every operand is known now: the node is computed (ONNX's reference implementation), so shape arithmetic and the
    dequantization of weights vanish;
-2. an emitter of `operators` lowers it, in blocked form where that pays;
+2. an emitter (`EMITTERS`) lowers it, in blocked form where that pays;
 3. TVM's own converter for the operator, on plain tensors.
 
 Walking the nodes here rather than in `relax.frontend.onnx.from_onnx` keeps activations blocked from one operator to
@@ -34,12 +34,15 @@ from graphopt.targets.relax import (
     constants,
     conv_transpose,
     convolution,
+    elementwise_operators,
     integer_layers,
     integer_operators,
     normalization,
-    operators,
+    pooling,
+    products,
     qoperators,
     resize,
+    shape_operators,
     views,
 )
 from graphopt.targets.relax.emitters import EMITTERS, Node
@@ -48,10 +51,13 @@ from graphopt.targets.relax.values import Builder, Value, element_type
 _ = (
     convolution,
     conv_transpose,
+    elementwise_operators,
     integer_operators,
     normalization,
-    operators,
+    pooling,
+    products,
     resize,
+    shape_operators,
     views,
 )  # importing them fills EMITTERS
 _DTYPES = frozenset(

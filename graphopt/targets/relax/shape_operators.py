@@ -1,0 +1,133 @@
+"""Operators that move elements or only rename their places: Reshape and its kin, Concat, Slice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from graphopt.targets.relax import (
+    computes,
+    views,
+)
+from graphopt.targets.relax.emitters import Inputs, Node, emits, image
+from graphopt.targets.relax.values import (
+    OPAQUE,
+    Builder,
+    Value,
+)
+
+
+def reshaped(builder: Builder, value: Value, shape: tuple[int, ...]) -> Value:
+    """The same elements in another shape."""
+    return Value(shape, value.dtype, plain=builder.reshape(builder.moved(value), shape))
+
+
+@emits("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    data = inputs[0]
+    if data is None or data.shape is None:
+        return None
+    shape = _new_shape(node, data.shape, inputs[1] if len(inputs) > 1 else None)
+    if shape is None or int(np.prod(shape)) != int(np.prod(data.shape)):
+        return None
+    if shape == data.shape:
+        return [data]
+    return [views.reshaped(builder, data, shape) or reshaped(builder, data, shape)]
+
+
+def _new_shape(node: Node, old: tuple[int, ...], operand: Value | None) -> tuple[int, ...] | None:
+    if node.op_type == "Flatten":
+        axis = int(node.get("axis", 1)) % (len(old) + 1) if node.get("axis", 1) < 0 else int(node.get("axis", 1))
+        return int(np.prod(old[:axis])), int(np.prod(old[axis:]))
+    key = "shape" if node.op_type == "Reshape" else "axes"
+    given = node.get(key, None)
+    if given is None and operand is not None and operand.const is not None:
+        given = operand.const.reshape(-1).tolist()
+    if node.op_type == "Reshape":
+        if given is None:
+            return None
+        zero_stays = not node.get("allowzero", 0)
+        wanted = [old[i] if d == 0 and zero_stays else int(d) for i, d in enumerate(given)]
+        if wanted.count(-1) > 1:
+            return None
+        if -1 in wanted:
+            known = int(np.prod([d for d in wanted if d != -1]))
+            if known == 0:
+                return None
+            wanted[wanted.index(-1)] = int(np.prod(old)) // known
+        return tuple(wanted)
+    if node.op_type == "Squeeze":
+        if operand is not None and operand.const is None:
+            return None
+        drop = {i for i, d in enumerate(old) if d == 1} if given is None else {int(a) % len(old) for a in given}
+        return tuple(d for i, d in enumerate(old) if i not in drop)
+    if given is None:
+        return None
+    rank = len(old) + len(given)
+    places, rest = {int(a) % rank for a in given}, iter(old)
+    return tuple(1 if i in places else next(rest) for i in range(rank))
+
+
+FEWEST_LANES = 4
+"""A concatenation whose parts end within a block moves at least so many channels at a time, else by TVM's own means."""
+
+
+@emits("Concat")
+def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    from tvm import relax
+
+    values = [v for v in inputs if v is not None]
+    axis = int(node.get("axis", 1))
+    if not values or any(not v.is_image for v in values) or axis % 4 != 1 or len({v.dtype for v in values}) != 1:
+        return None
+    if not any(v.is_blocked for v in values):
+        return None
+    total = sum(v.channels for v in values)
+    block = builder.block_for(total)
+    channels = [v.channels for v in values]
+    if math.gcd(block, *channels) < FEWEST_LANES:
+        return None
+    parts = [builder.blocked(v) for v in values]
+    if any(v.channels % block or v.block != block for v in values):
+        joined = builder.call(computes.concat_lanes, *parts, channels=channels, block=block, pattern=OPAQUE)
+    else:
+        joined = builder.emit(relax.op.concat(parts, axis=1))
+    shape = values[0].shape
+    assert shape is not None
+    return image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)
+
+
+@emits("Slice")
+def slice_(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """All bounds known now, so that their forms (attributes before opset 10, operands after) become one."""
+    from tvm import relax
+
+    data = inputs[0]
+    if data is None or data.shape is None:
+        return None
+    if node.opset < 10:
+        starts, ends, axes, steps = (node.get(key, None) for key in ("starts", "ends", "axes", "steps"))
+    else:
+        operands = [inputs[i] if len(inputs) > i else None for i in range(1, 5)]
+        if any(v is not None and v.const is None for v in operands):
+            return None
+        starts, ends, axes, steps = (v if v is None else v.const.reshape(-1).tolist() for v in operands)  # type: ignore[union-attr]
+    if starts is None or ends is None:
+        return None
+    rank = len(data.shape)
+    axes = [int(a) % rank for a in (range(len(starts)) if axes is None else axes)]
+    steps = [1] * len(axes) if steps is None else steps
+    whole, begin, end, stride = list(data.shape), [], [], []
+    for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True):
+        taken = range(*slice(int(start), int(stop), int(step)).indices(data.shape[axis]))
+        if len(taken) == 0 or step < 0:
+            return None
+        begin.append(taken.start)
+        end.append(taken[-1] + 1)
+        stride.append(int(step))
+        whole[axis] = len(taken)
+    cut: Any = relax.op.strided_slice
+    sliced = builder.emit(cut(builder.moved(data), axes, begin, end, stride))
+    return [Value(tuple(whole), data.dtype, plain=sliced)]
