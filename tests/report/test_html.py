@@ -149,7 +149,8 @@ def page_of(report: Report) -> Page:
 def test_says_what_is_delivered_first():
     page = page_of(full_report())
     assert page.headings() == [
-        "latency", "candidates", "size", "accuracy", "operators", "passes", "layers", "layer-times", "tuning", "conditions"
+        "latency", "candidates", "size", "accuracy", "operators", "passes", "layers", "layer-times", "tuning",
+        "conditions",
     ]  # fmt: skip
     first = page.text[: page.text.index("Raw samples of one")]
     for words in ("2.33× as fast as the input model and 74 % smaller", "final · onnxruntime", "[2.28, 2.37]",

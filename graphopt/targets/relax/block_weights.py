@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.targets.relax import integer_computes
+from graphopt.targets.relax.rows import rows_of
 from graphopt.targets.relax.values import FUSABLE_ROOT, Builder, Value
 
 NAME = "matmul_int4"
@@ -85,9 +86,7 @@ def product(builder: Builder, data: Value, weight: Value) -> Value | None:
         name=NAME,
     )
     done = Value((1, columns, 1, rows), "float32", blocked=made, block=lanes)
-    from graphopt.targets.relax.integer_layers import as_rows
-
-    return as_rows(builder, done, (*data.shape[:-1], columns))
+    return rows_of(builder, done, (*data.shape[:-1], columns))
 
 
 def matmul(data, weight, scales, points, offset, *, zero: int):

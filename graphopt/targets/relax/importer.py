@@ -42,6 +42,7 @@ from graphopt.targets.relax import (
     products,
     qoperators,
     resize,
+    rows,
     shape_operators,
     views,
 )
@@ -222,7 +223,7 @@ class _Importer:
 
         view = Node(_label(node), node.op_type, _attributes(node), self.opset, len([o for o in node.output if o]))
         try:
-            return emitter(self.builder, view, inputs)
+            return rows.emitted(emitter, self.builder, view, inputs) or emitter(self.builder, view, inputs)
         except (InternalError, ValueError, TypeError) as error:
             raise _refused(node, error) from error
 

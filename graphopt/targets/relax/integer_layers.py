@@ -21,6 +21,7 @@ import numpy as np
 from graphopt.targets.relax import computes, integer_computes
 from graphopt.targets.relax.emitters import Node, output_size, pads_of
 from graphopt.targets.relax.grouping import merge_groups
+from graphopt.targets.relax.rows import Rows, rows_of
 from graphopt.targets.relax.values import (
     ELEMENTWISE,
     FUSABLE_ROOT,
@@ -218,22 +219,24 @@ def product(
     if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
     plan = _planned(encoded.scale, encoded.zero_point, Weights(matrix, weights.scales), bias, INTEGER_SUMS)
-    sums = row_sums(builder, builder.moved(encoded.source), data.shape, matrix, plan.start)
+    sums = row_sums(builder, encoded.source, data.shape, matrix, plan.start)
     assert sums.shape is not None
-    done = plan.result(sums.shape, sums.blocked)
-    builder.blocked(done)
-    return as_rows(builder, done, (*data.shape[:-1], len(matrix)))
+    return rows_of(builder, plan.result(sums.shape, sums.blocked), (*data.shape[:-1], len(matrix)))
 
 
-def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.ndarray, start: np.ndarray) -> Value:
+def row_sums(builder: Builder, source: Value, shape: tuple[int, ...], matrix: np.ndarray, start: np.ndarray) -> Value:
     """`start` plus 32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
 
-    The rows are the positions of a 1x1 convolution. Its one input block is a whole row, which vectors read where it
-    lies; tiles want blocks of their own size.
+    The rows are the positions of a 1x1 convolution. Where they are not in blocks its one input block is a whole row,
+    which vectors read where it lies; tiles want blocks of their own size.
     """
     columns, depth = matrix.shape
     rows = int(np.prod(shape[:-1]))
-    if builder.tiles and rows >= TILE_ROWS and depth > builder.block_for(depth) // 2:
+    whole = isinstance(source, Rows) and source.in_blocks
+    data = builder.blocked(source.image) if isinstance(source, Rows) and whole else builder.moved(source)
+    if whole:
+        block = int(data.ty.shape[3])
+    elif builder.tiles and rows >= TILE_ROWS and depth > builder.block_for(depth) // 2:
         block = builder.block_for(depth)
         data = builder.call(integer_computes.block_rows, data, block=block, pattern=INJECTIVE)
     else:
@@ -257,15 +260,6 @@ def row_sums(builder: Builder, data: Any, shape: tuple[int, ...], matrix: np.nda
         pattern=FUSABLE_ROOT,
     )
     return Value((1, columns, 1, rows), "int32", blocked=sums, block=int(sums.ty.shape[3]))
-
-
-def as_rows(builder: Builder, done: Value, shape: tuple[int, ...]) -> Value:
-    """A blocked value (1, N, 1, M) as the rows (..., N) of ONNX's layout."""
-    assert done.shape is not None
-    if done.shape[3] == 1:
-        return Value(shape, done.dtype, plain=builder.reshape(builder.moved(done), shape))
-    plain = builder.call(integer_computes.unblock_rows, done.blocked, shape=shape, pattern=INJECTIVE)
-    return Value(shape, done.dtype, plain=plain)
 
 
 def joint_bytes(builder: Builder, value: Value, scale: float, zero_point: int, dtype: str) -> Value | None:

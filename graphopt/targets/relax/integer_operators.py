@@ -13,7 +13,8 @@ import numpy as np
 
 from graphopt.targets.relax import computes, integer_computes
 from graphopt.targets.relax.emitters import Inputs, Node, emits
-from graphopt.targets.relax.integer_layers import as_rows, dense_sums, geometry_of, row_sums
+from graphopt.targets.relax.integer_layers import dense_sums, geometry_of, row_sums
+from graphopt.targets.relax.rows import rows_of
 from graphopt.targets.relax.values import ELEMENTWISE, Builder, Value, block_array
 
 
@@ -28,8 +29,8 @@ def matmul_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
         return None
     matrix = np.ascontiguousarray(matrix.T)
     source, zero = _unsigned(builder, data, data_zero)
-    sums = row_sums(builder, builder.moved(source), data.shape, matrix, np.zeros(len(matrix), np.int32))
-    return [as_rows(builder, _corrected(builder, sums, matrix, zero), (*data.shape[:-1], len(matrix)))]
+    sums = row_sums(builder, source, data.shape, matrix, np.zeros(len(matrix), np.int32))
+    return [rows_of(builder, _corrected(builder, sums, matrix, zero), (*data.shape[:-1], len(matrix)))]
 
 
 @emits("ConvInteger")

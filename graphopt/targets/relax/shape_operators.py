@@ -12,6 +12,7 @@ from graphopt.targets.relax import (
     views,
 )
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image
+from graphopt.targets.relax.rows import Rows
 from graphopt.targets.relax.values import (
     OPAQUE,
     Builder,
@@ -34,7 +35,8 @@ def reshape(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     if shape == data.shape:
         return [data]
-    return [views.reshaped(builder, data, shape) or reshaped(builder, data, shape)]
+    counted = data.reshaped(shape) if isinstance(data, Rows) else None
+    return [counted or views.reshaped(builder, data, shape) or reshaped(builder, data, shape)]
 
 
 def _new_shape(node: Node, old: tuple[int, ...], operand: Value | None) -> tuple[int, ...] | None:

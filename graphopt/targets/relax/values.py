@@ -290,7 +290,7 @@ class Builder:
             value.plain = self.constant(value.const)
         if value.plain is None and value.coded is not None:
             if value.coded.source.blocked is None:
-                value.plain = self._decoded(value.coded, self.moved(value.coded.source))
+                value.plain = self.decoded(value.coded, self.moved(value.coded.source))
             else:
                 self.blocked(value)
         if value.plain is None:
@@ -309,7 +309,7 @@ class Builder:
                 )
         return value.plain
 
-    def _decoded(self, encoded: Encoded | Levels, stored: Any) -> Any:
+    def decoded(self, encoded: Encoded | Levels, stored: Any) -> Any:
         """float32 of the bytes, as an operator of its own: for those who know of no bytes."""
         return self.call(
             elementwise.mapped(encoded.decode, "dequantize"), stored, pattern=ELEMENTWISE, name="dequantize"
@@ -341,7 +341,7 @@ class Builder:
             return None
         if value.coded is not None:
             source = value.coded.source
-            value.blocked = self._stored(self._decoded(value.coded, self.blocked(source)))
+            value.blocked = self._stored(self.decoded(value.coded, self.blocked(source)))
             value.block = source.block
             return value.blocked
         assert value.shape is not None

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from graphopt.targets.relax.emitters import Inputs, Node, emits
+from graphopt.targets.relax.rows import Rows
 from graphopt.targets.relax.values import INJECTIVE, Builder, Value, element_type
 
 
@@ -136,11 +137,14 @@ def transpose(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | Non
     data = inputs[0]
     if data is None or not data.shape:
         return None
+    perm = tuple(int(p) for p in node.get("perm", tuple(range(len(data.shape)))[::-1]))
+    picture = data.picture(perm) if isinstance(data, Rows) else None
+    if picture is not None:
+        return [picture]
     found = strided(builder, data)
     if found is None:
         return None
-    perm = node.get("perm", tuple(range(len(data.shape)))[::-1])
-    return [found.with_places(found.places.transpose(tuple(int(p) for p in perm)))]
+    return [found.with_places(found.places.transpose(perm))]
 
 
 @emits("Gather")
