@@ -14,6 +14,9 @@ Loop Transformations, ACM TOPLAS 18(4), 1996, section 3 (memory order).
 
 from __future__ import annotations
 
+from typing import Any
+
+from graphopt.targets.schedules.gemm import substitute
 from graphopt.targets.schedules.workload import (
     PARALLEL_ELEMENTS,
     Decision,
@@ -25,7 +28,7 @@ from graphopt.targets.schedules.workload import (
 )
 
 NAME = "generic"
-VERSION = 2
+VERSION = 3
 PARTITION = "pragma_loop_partition_hint"
 """On the loop over channel blocks: a concatenation becomes a loop for each of its parts, without a condition inside."""
 
@@ -131,11 +134,54 @@ def _schedule_block(schedule, block, workload: Workload) -> None:
         elif len(front) == 3 and any(_operator(call) == "if_then_else" for call in _calls(schedule.get(block))):
             schedule.annotate(front[1], PARTITION, 1)
         return
+    if _reads_whole_vectors(schedule.get(block), lanes):
+        pieces, inner = schedule.split(last, [None, lanes])
+        schedule.vectorize(inner)
+        if parallel:
+            schedule.parallel(schedule.fuse(*spatial[:-1], pieces))
+        return
     if len(spatial) > 1 and parallel:
         schedule.parallel(schedule.fuse(*spatial[:-1]))
     elif parallel and width >= PARALLEL_ELEMENTS:
         pieces, _ = schedule.split(last, [64, None]) if width % 64 == 0 else (last, None)
         schedule.parallel(pieces)
+
+
+def _reads_whole_vectors(block, lanes: int) -> bool:
+    """True when each vector along the last output axis reads neighbours, though the axis is not one of what it reads:
+    channels that lie in blocks, or in another shape."""
+    from tvm import tirx
+    from tvm.ir import Range, Var
+    from tvm.ir.expr import TensorLoad
+    from tvm.sym import Analyzer
+
+    axis = block.iter_vars[-1]
+    width = axis.dom.extent
+    if not isinstance(width, tirx.IntImm) or int(width) % lanes or int(width) <= lanes:
+        return False
+    analyzer = Analyzer()
+    for each in block.iter_vars[:-1]:
+        analyzer.bind(each.var, each.dom)
+    kind: Any = axis.var.ty
+    vector, lane = Var("vector", kind), Var("lane", kind)
+    for counted, extent in ((vector, int(width) // lanes), (lane, lanes)):
+        first, count = tirx.const(0, kind.dtype), tirx.const(extent, kind.dtype)
+        analyzer.bind(counted, Range.from_min_extent(first, count))
+
+    def steps(index) -> bool | None:
+        """None where the index is one number for all lanes; True where it counts them."""
+        found = analyzer.simplify(substitute(index, {axis.var: vector * lanes + lane}))
+        if not any(node.same_as(lane) for node in nodes(found, Var)):
+            return None
+        rest = analyzer.simplify(found - lane)
+        return not any(node.same_as(lane) for node in nodes(rest, Var))
+
+    for load in nodes(block.body, TensorLoad):
+        if any(steps(index) is not None for index in load.indices[:-1]):
+            return False
+        if load.indices and steps(load.indices[-1]) is False:
+            return False
+    return True
 
 
 def _streams(block) -> bool:
