@@ -32,6 +32,8 @@ class Moments:
 
     mean: np.ndarray
     covariance: np.ndarray | None
+    rows: int = 0
+    """How many; 0 where nobody counted."""
 
 
 def collect_moments(
@@ -56,7 +58,7 @@ class _Sums:
         self.squares: np.ndarray | None = None
 
     def add(self, array: np.ndarray) -> None:
-        self.waiting.append(self._patches(array).astype(np.float32))
+        self.waiting.append(patches(self.layer, array, self.rng).astype(np.float32))
         if sum(rows.shape[1] for rows in self.waiting) >= FLUSH_ROWS:
             self._flush()
 
@@ -78,39 +80,43 @@ class _Sums:
         assert self.total is not None
         mean = self.total / self.rows
         if self.squares is None:
-            return Moments(mean, None)
-        return Moments(mean, self.squares / self.rows - mean[:, :, None] * mean[:, None, :])
+            return Moments(mean, None, self.rows)
+        return Moments(mean, self.squares / self.rows - mean[:, :, None] * mean[:, None, :], self.rows)
 
-    def _patches(self, array: np.ndarray) -> np.ndarray:
-        """(groups, rows, taps): what the weights multiply at some output positions."""
-        node = self.layer.node
-        if node.op_type != "Conv":
-            rows = array.reshape(-1, array.shape[-1])
-            if len(rows) > POSITIONS * max(1, array.shape[0]):
-                rows = rows[self.rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
-            return rows[None]
-        weights = constant_of(node.inputs[1])
-        assert weights is not None
-        kernel = weights.shape[2:]
-        rank = len(kernel)
-        strides = tuple(attribute(node, "strides", (1,) * rank))
-        dilations = tuple(attribute(node, "dilations", (1,) * rank))
-        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
-        pads = _pads(node, array.shape[2:], reach, strides)
-        padded = np.pad(array, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else array
-        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
-        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
-        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
-        places = windows.shape[2 : 2 + rank]
-        count = min(POSITIONS, int(np.prod(places)))
-        samples = np.repeat(np.arange(len(array)), count)
-        drawn = [self.rng.choice(int(np.prod(places)), count, replace=False) for _ in range(len(array))]
-        position = np.unravel_index(np.concatenate(drawn), places)
-        groups = attribute(node, "group", 1)
-        inputs = array.shape[1] // groups
-        taken = windows[(samples[:, None], np.arange(array.shape[1])[None], *(p[:, None] for p in position))]
-        rows = taken.reshape(len(samples), groups, inputs * int(np.prod(kernel)))
-        return rows.transpose(1, 0, 2)
+
+def patches(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(groups, rows, taps): what the layer's weights multiply at some output positions, drawn from `rng`.
+
+    `array`: a batch of the layer's input.
+    """
+    node = layer.node
+    if node.op_type != "Conv":
+        rows = array.reshape(-1, array.shape[-1])
+        if len(rows) > POSITIONS * max(1, array.shape[0]):
+            rows = rows[rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
+        return rows[None]
+    weights = constant_of(node.inputs[1])
+    assert weights is not None
+    kernel = weights.shape[2:]
+    rank = len(kernel)
+    strides = tuple(attribute(node, "strides", (1,) * rank))
+    dilations = tuple(attribute(node, "dilations", (1,) * rank))
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+    pads = _pads(node, array.shape[2:], reach, strides)
+    padded = np.pad(array, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else array
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
+    windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+    places = windows.shape[2 : 2 + rank]
+    count = min(POSITIONS, int(np.prod(places)))
+    samples = np.repeat(np.arange(len(array)), count)
+    drawn = [rng.choice(int(np.prod(places)), count, replace=False) for _ in range(len(array))]
+    position = np.unravel_index(np.concatenate(drawn), places)
+    groups = attribute(node, "group", 1)
+    inputs = array.shape[1] // groups
+    taken = windows[(samples[:, None], np.arange(array.shape[1])[None], *(p[:, None] for p in position))]
+    rows = taken.reshape(len(samples), groups, inputs * int(np.prod(kernel)))
+    return rows.transpose(1, 0, 2)
 
 
 def _pads(node: ir.Node, shape, reach, strides) -> list[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""Weights as products of smaller ones: one file a decomposition, and what they share."""

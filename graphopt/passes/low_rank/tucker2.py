@@ -1,0 +1,58 @@
+"""k x k as 1x1 to fewer channels, k x k on these, 1x1 back: W[m,c,..] ~ sum_ts U[m,t] G[t,s,..] V[s,c].
+
+Rank (s, t): channels into and out of the core. The core has the original's stride, dilation and padding; the first
+layer has no bias, so the zeros that the core pads with are what it makes of zeros.
+
+Reference: Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications",
+ICLR 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from graphopt.passes.low_rank.metric import Metric
+from graphopt.passes.low_rank.shared_basis import fit_basis, start_errors
+from graphopt.passes.low_rank.stages import Rank, Shape, Stage
+
+NAME = "tucker2"
+
+
+def refuses(shape: Shape) -> str | None:
+    """Why a layer has no such form."""
+    if np.prod(shape.kernel, dtype=int) == 1:
+        return "Tucker-2 needs a kernel larger than 1x1"
+    return None
+
+
+def full(shape: Shape) -> Rank:
+    """The ranks that are exact."""
+    area = int(np.prod(shape.kernel))
+    return (min(shape.inputs, shape.outputs * area), min(shape.outputs, shape.taps))
+
+
+def stages(shape: Shape, rank: Rank) -> tuple[Stage, ...]:
+    """1x1, the core, 1x1."""
+    axes = tuple(range(len(shape.kernel)))
+    return (Stage(rank[0], shape.inputs), Stage(rank[1], rank[0], axes), Stage(shape.outputs, rank[1]))
+
+
+def errors(weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
+    """At least the energy that ranks lose."""
+    start = start_errors(_split(weights), metric)
+    return lambda rank: start(rank[0], rank[1])
+
+
+def fit(weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
+    """The weights of the stages."""
+    kernel = weights.shape[2:]
+    basis, core, mixing = fit_basis(_split(weights), metric, *rank)
+    found = (basis, core, mixing)
+    shape = Shape(weights.shape[0], weights.shape[1], kernel)
+    return tuple(own.reshape(stage.shape(kernel)) for own, stage in zip(found, stages(shape, rank), strict=True))
+
+
+def _split(weights: np.ndarray) -> np.ndarray:
+    return weights.reshape(weights.shape[0], weights.shape[1], -1)
