@@ -22,6 +22,8 @@ from graphopt.targets.base import Target
 BUILTIN_PASSES = {
     "simplify": "graphopt.passes.simplify:Simplify",
     "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
+    "remove-dead-channels": "graphopt.passes.remove_dead_channels:RemoveDeadChannels",
+    "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "low-rank-split": "graphopt.passes.low_rank_split:LowRankSplit",
     "quantize-int8": "graphopt.passes.quantize_int8:QuantizeInt8",
 }
