@@ -25,7 +25,9 @@ BUILTIN_PASSES = {
     "remove-dead-channels": "graphopt.passes.remove_dead_channels:RemoveDeadChannels",
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "low-rank-split": "graphopt.passes.low_rank_split:LowRankSplit",
+    "prune-weights": "graphopt.passes.prune_weights:PruneWeights",
     "quantize-int8": "graphopt.passes.quantize_int8:QuantizeInt8",
+    "quantize-int4": "graphopt.passes.quantize_int4:QuantizeInt4",
 }
 BUILTIN_TARGETS = {
     "cpu": "graphopt.targets.cpu:Cpu",

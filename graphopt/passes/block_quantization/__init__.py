@@ -1,0 +1,1 @@
+"""The parts of `quantize-int4`: where blocks lie, their scales, how weights are rounded, how it is written."""
