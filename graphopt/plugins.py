@@ -25,9 +25,12 @@ BUILTIN_PASSES = {
     "remove-dead-channels": "graphopt.passes.remove_dead_channels:RemoveDeadChannels",
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "low-rank-split": "graphopt.passes.low_rank_split:LowRankSplit",
+    "equalize-layers": "graphopt.passes.equalize_layers:EqualizeLayers",
+    "smooth-activations": "graphopt.passes.smooth_activations:SmoothActivations",
     "prune-weights": "graphopt.passes.prune_weights:PruneWeights",
     "quantize-int8": "graphopt.passes.quantize_int8:QuantizeInt8",
     "quantize-int4": "graphopt.passes.quantize_int4:QuantizeInt4",
+    "convert-float16": "graphopt.passes.convert_float16:ConvertFloat16",
 }
 BUILTIN_TARGETS = {
     "cpu": "graphopt.targets.cpu:Cpu",

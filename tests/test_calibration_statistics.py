@@ -49,6 +49,19 @@ def test_streaming_equals_seeing_all_at_once(seed, pieces, magnitude):
     np.testing.assert_array_equal(parts.counts, whole.counts)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
+def test_feature_peaks_are_those_of_the_last_axis(seed, pieces, rank):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 6, rank))
+    parts = [(rng.standard_normal(shape) * 10.0 ** rng.uniform(-3, 3)).astype(np.float32) for _ in range(pieces)]
+    peaks = observed(*parts).feature_peak
+    np.testing.assert_array_equal(peaks, np.abs(np.stack(parts)).reshape(-1, shape[-1]).max(axis=0))
+    assert observed(*parts, np.zeros((*shape[:-1], shape[-1] + 1), np.float32)).feature_peak is None
+    assert observed(np.array(1.0, np.float32)).feature_peak is None
+    assert observed(np.ones((1, 2, 3, 4), np.float32)).feature_peak is None
+
+
 def test_counts_are_those_of_numpy():
     x = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     seen = observed(x)

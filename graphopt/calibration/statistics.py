@@ -31,6 +31,8 @@ class TensorStatistics:
 
     `counts`: int64 (BINS,), values other than exact zero; `reach`: R above; `zeros`: how many exact zeros;
     `channel_mean`: float64 (C,) over axis 1 of tensors of rank 2 and more, None otherwise or where C varies.
+    `feature_peak`: float64 (K,), the largest magnitude at each index of the last axis, which a matrix product sums
+    over, of tensors of rank 1 to 3 (pictures have none, and are large); None otherwise or where K varies.
     """
 
     minimum: float
@@ -39,6 +41,7 @@ class TensorStatistics:
     counts: np.ndarray
     zeros: int
     channel_mean: np.ndarray | None = None
+    feature_peak: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -184,6 +187,8 @@ class Observer:
         self.sums: np.ndarray | None = None
         self.rows = 0
         self.has_channels = True
+        self.peaks: np.ndarray | None = None
+        self.has_features = True
 
     def see(self, array: np.ndarray) -> None:
         """Add a batch. Raises ValueError where it is not finite."""
@@ -196,6 +201,7 @@ class Observer:
         self._stretch(max(-low, high))
         self._count(array)
         self._add_channels(array)
+        self._add_features(array)
 
     def _stretch(self, magnitude: float) -> None:
         if magnitude == 0.0 or magnitude < self.reach:
@@ -242,6 +248,16 @@ class Observer:
         self.sums = total if self.sums is None else self.sums + total
         self.rows += array.shape[0]
 
+    def _add_features(self, array: np.ndarray) -> None:
+        if not self.has_features:
+            return
+        if not 1 <= array.ndim <= 3 or (self.peaks is not None and len(self.peaks) != array.shape[-1]):
+            self.has_features = False
+            return
+        rows = array.reshape(-1, array.shape[-1])
+        peaks = np.maximum(rows.max(axis=0), -rows.min(axis=0)).astype(np.float64)
+        self.peaks = peaks if self.peaks is None else np.maximum(self.peaks, peaks)
+
     def statistics(self) -> TensorStatistics:
         """What was seen so far."""
         seen = self.minimum <= self.maximum
@@ -253,11 +269,12 @@ class Observer:
             self.counts.copy(),
             self.zeros,
             mean,
+            self.peaks if self.has_features else None,
         )
 
 
 def merge(parts: Sequence[TensorStatistics]) -> TensorStatistics:
-    """The statistics of several tensors laid end to end; channel means are dropped. `parts` is not empty."""
+    """The statistics of several tensors laid end to end; what is kept by channel is dropped. `parts` is not empty."""
     if len(parts) == 1:
         return parts[0]
     reach = max(part.reach for part in parts)

@@ -105,6 +105,14 @@ class Linear:
         """The weight with input channel c multiplied by factor[c]."""
         return self._ungrouped(self._grouped() * factor.reshape(self.group, -1, 1, 1))
 
+    def output_peaks(self) -> np.ndarray:
+        """The largest magnitude among the weights of each output channel."""
+        return np.abs(self._grouped()).max(axis=(1, 3), initial=0.0).reshape(-1)
+
+    def input_peaks(self) -> np.ndarray:
+        """The largest magnitude among the weights of each input channel."""
+        return np.abs(self._grouped()).max(axis=(2, 3), initial=0.0).reshape(-1)
+
     def response_to(self, shift: np.ndarray) -> np.ndarray:
         """What a constant input, shift[c] in channel c, adds to every output channel, where all taps see it."""
         weighted = self._grouped() * shift.reshape(self.group, -1, 1, 1)
@@ -126,16 +134,20 @@ class Linear:
         return all(t == 1 for t in taps) and all(s == 1 for s in g.attribute(self.node, "strides", ()))
 
 
-def linear_operator(model: ir.Model, node: ir.Node) -> Linear | None:
-    """`node` as a Linear; an Add of a constant to a MatMul counts as that MatMul. None for anything else."""
+def linear_operator(model: ir.Model, node: ir.Node, *, any_rank: bool = False) -> Linear | None:
+    """`node` as a Linear; an Add of a constant to a MatMul counts as that MatMul. None for anything else.
+
+    `any_rank`: also a MatMul of stacks of rows, (..., K) by (K, N), which cannot become a Gemm: its bias, if it has
+    none, must stay zero.
+    """
     if g.is_onnx(node, "Conv", "ConvTranspose") and len(node.inputs) >= 2:
         return _convolution(node)
     if g.is_onnx(node, "Gemm") and g.opset_of(model) >= 7 and not g.attribute(node, "transA", 0):
         return _gemm(node)
     if g.is_onnx(node, "MatMul") and g.opset_of(model) >= 7:
-        return _matmul(node)
+        return _matmul(node, any_rank)
     if g.is_onnx(node, "Add"):
-        return _matmul_add(model, node)
+        return _matmul_add(model, node, any_rank)
     return None
 
 
@@ -167,21 +179,23 @@ def _gemm(node: ir.Node) -> Linear | None:
     return _with_bias(linear, bias)
 
 
-def _matmul(node: ir.Node) -> Linear | None:
+def _matmul(node: ir.Node, any_rank: bool) -> Linear | None:
     """A product of two matrices with the weights on the right."""
     data, weight_value = node.inputs[0], node.inputs[1]
-    if weight_value is None or len(g.dims_of(data) or ()) != 2 or len(g.dims_of(weight_value) or ()) != 2:
+    if weight_value is None or len(g.dims_of(weight_value) or ()) != 2:
+        return None
+    if not any_rank and len(g.dims_of(data) or ()) != 2:
         return None
     return _with_bias(Linear(node, node.outputs[0], weight_value, None, _float64(weight_value)), None)
 
 
-def _matmul_add(model: ir.Model, node: ir.Node) -> Linear | None:
+def _matmul_add(model: ir.Model, node: ir.Node, any_rank: bool) -> Linear | None:
     for data, addend in ((0, 1), (1, 0)):
         value, bias_value = node.inputs[data], node.inputs[addend]
         producer = value.producer() if value is not None else None
         if producer is None or value is None or not g.is_onnx(producer, "MatMul") or g.sole_consumer(value) is not node:
             continue
-        linear = linear_operator(model, producer)
+        linear = linear_operator(model, producer, any_rank=any_rank)
         bias = _float64(bias_value)
         if linear is None or bias is None or linear.weight is None:
             continue
@@ -189,6 +203,7 @@ def _matmul_add(model: ir.Model, node: ir.Node) -> Linear | None:
             bias.ndim > 2
             or (bias.ndim == 2 and bias.shape[0] != 1)
             or bias.shape[-1:] not in ((), (1,), (linear.outputs,))
+            or (bias.ndim == 2 and len(g.dims_of(value) or ()) < 2)  # it would add a dimension
         ):
             continue
         linear.result, linear.bias_value, linear.adder = node.outputs[0], bias_value, node

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import model as models
+from graphopt.verify import total_reduction_length
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "squeezenet1_1": {"data": (1, 3, 224, 224)},
@@ -55,3 +56,26 @@ def random_feeds(model: ir.Model, shapes: dict[str, tuple[int, ...]], seed: int 
         else:
             feeds[spec.name] = rng.integers(0, 256, shape).astype(spec.dtype)
     return feeds
+
+
+def rounding_bound(model: ir.Model, feeds: dict[str, np.ndarray], stored: type = np.float32) -> list[np.ndarray]:
+    """By output and element: how far two evaluations with float32 sums may be apart that agree in real numbers.
+
+    For sums of products and functions that do not amplify errors (Relu, pooling, ...). A dot product of length K errs
+    by at most K u |w| |x|, whatever cancels; errors of the inputs are passed on by |w|. So (sum of all K, and six
+    roundings an operator for weights, biases and elementwise work) u times the output of the model made of absolute
+    values, without clips, bounds each of the two. The six are those of the type that values are `stored` in.
+    """
+    majorant = model.clone()
+    for name, value in majorant.graph.initializers.items():
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+            value.const_value = ir.Tensor(np.abs(value.const_value.numpy()), name=name)
+    for node in list(majorant.graph):
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Clip" and source is not None:
+            node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+            majorant.graph.remove(node, safe=True)
+    unit, unit_stored = (float(np.finfo(kind).eps) / 2 for kind in (np.float32, stored))
+    error = total_reduction_length(model) * unit + 6 * len(model.graph) * unit_stored
+    size = run(majorant, {name: np.abs(array) for name, array in feeds.items()})
+    return [2 * error * output.astype(np.float64) for output in size]

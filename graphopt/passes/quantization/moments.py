@@ -35,12 +35,29 @@ class Moments:
     rows: int = 0
     """How many; 0 where nobody counted."""
 
+    @property
+    def second_moment(self) -> np.ndarray | None:
+        """(groups, taps, taps): the mean of products, not of products of deviations from the mean."""
+        if self.covariance is None:
+            return None
+        return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
+
 
 def collect_moments(
-    model: ir.Model, layers: Sequence[Layer], dataset: Dataset, seed: int, progress: Progress
+    model: ir.Model,
+    layers: Sequence[Layer],
+    dataset: Dataset,
+    seed: int,
+    progress: Progress,
+    *,
+    covariance: bool = True,
 ) -> dict[Layer, Moments]:
-    """Moments of every layer's input. Raises ModelError and DataError as `collect_statistics` does."""
-    sums = {layer: _Sums(layer, np.random.default_rng((seed, index))) for index, layer in enumerate(layers)}
+    """Moments of every layer's input, the mean alone without `covariance`.
+
+    Raises ModelError and DataError as `collect_statistics` does.
+    """
+    largest = MAX_TAPS if covariance else 0
+    sums = {layer: _Sums(layer, np.random.default_rng((seed, index)), largest) for index, layer in enumerate(layers)}
     names = [str(layer.input.name) for layer in layers]
     for values in watch(model, names, dataset, label="collect input moments", progress=progress):
         for layer, name in zip(layers, names, strict=True):
@@ -49,9 +66,10 @@ def collect_moments(
 
 
 class _Sums:
-    def __init__(self, layer: Layer, rng: np.random.Generator):
+    def __init__(self, layer: Layer, rng: np.random.Generator, largest: int):
         self.layer = layer
         self.rng = rng
+        self.largest = largest
         self.rows = 0
         self.waiting: list[np.ndarray] = []
         self.total: np.ndarray | None = None
@@ -68,7 +86,7 @@ class _Sums:
         groups, _, taps = rows.shape
         if self.total is None:
             self.total = np.zeros((groups, taps))
-            self.squares = np.zeros((groups, taps, taps)) if taps <= MAX_TAPS else None
+            self.squares = np.zeros((groups, taps, taps)) if taps <= self.largest else None
         self.rows += rows.shape[1]
         self.total += rows.sum(axis=1, dtype=np.float64)
         if self.squares is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,9 +19,8 @@ from graphopt.passes.quantization.insert import layer_arrays
 from graphopt.passes.quantization.moments import Moments, collect_moments
 from graphopt.passes.quantization.placement import Layer
 from graphopt.passes.quantization.ranges import Encoding
-from graphopt.passes.quantization.weights import Rounded, round_weights, weight_scales
+from graphopt.passes.quantization.weights import Clip, Rounded, Rounding, round_weights, weight_scales
 
-Rounding = Literal["nearest", "compensated"]
 _known: weakref.WeakKeyDictionary[Dataset, dict[tuple, Rounded]] = weakref.WeakKeyDictionary()
 
 
@@ -33,29 +31,39 @@ def round_layers(
     limit: int,
     rounding: Rounding,
     context: Context,
+    *,
+    clip: Clip = "none",
+    correct_bias: bool = True,
 ) -> dict[Layer, tuple[np.ndarray, Rounded]]:
     """Weight scales (channels,) and rounded weights of every layer; `inputs` are the encodings of their inputs.
 
-    `compensated` needs `context.data`. Raises ModelError and DataError as `collect_statistics` does.
+    Without `context.data` weights are rounded to nearest and biases are not corrected. Raises ModelError and DataError
+    as `collect_statistics` does.
     """
     arrays = {layer: layer_arrays(layer) for layer in layers}
     scales = {
-        layer: weight_scales(weights, layer.channel_axis, bias, inputs[layer].scale, limit)
+        layer: weight_scales(weights, layer.channel_axis, bias, inputs[layer].scale, limit, clip)
         for layer, (weights, bias) in arrays.items()
     }
 
     def rounded(layer: Layer, moments: Moments | None) -> Rounded:
         groups = attribute(layer.node, "group", 1)
-        return round_weights(arrays[layer][0], layer.channel_axis, scales[layer], limit, groups, moments)
+        correct = correct_bias and layer.bias is not None  # a MatMul without an Add has nowhere to put it
+        return round_weights(
+            arrays[layer][0], layer.channel_axis, scales[layer], limit, groups, moments, rounding, correct
+        )
 
-    if rounding == "nearest" or context.data is None:
+    if context.data is None or (rounding == "nearest" and not correct_bias):
         return {layer: (scales[layer], rounded(layer, None)) for layer in layers}
     known = _known.setdefault(context.data, {})
     identity = digest(model)
-    keys = {layer: (identity, context.seed, limit, label(layer.node), scales[layer].tobytes()) for layer in layers}
+    how = (identity, context.seed, limit, rounding, correct_bias)
+    keys = {layer: (*how, label(layer.node), scales[layer].tobytes()) for layer in layers}
     missing = [layer for layer in layers if keys[layer] not in known]
     if missing:
-        moments = collect_moments(model, missing, context.data, context.seed, context.progress)
+        moments = collect_moments(
+            model, missing, context.data, context.seed, context.progress, covariance=rounding != "nearest"
+        )
         with context.progress.task("round weights", len(missing)) as advance:
             for layer in missing:
                 known[keys[layer]] = rounded(layer, moments.pop(layer))

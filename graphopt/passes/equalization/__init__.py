@@ -1,0 +1,1 @@
+"""Which layers scale against each other, for `equalize-layers`."""
