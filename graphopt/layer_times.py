@@ -1,4 +1,4 @@
-"""Layer by layer: how long each layer takes in each compiled candidate, and in what it multiplies there."""
+"""Layer by layer: how long each layer takes in each compiled candidate, and how its weights are stored."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from graphopt.candidates import Candidate
 from graphopt.graph import label
-from graphopt.recovery import quantized_layers
+from graphopt.recovery import weight_bits
 from graphopt.report import LayerRecord
 from graphopt.runtime.kernel_times import KernelTime, kernel_times
 from graphopt.verify import Feeds
 
-INT8 = "int8"
-LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+LAYER_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"})
 
 
 def compiled(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -48,10 +47,11 @@ def layer_records(
 
 
 def precisions(candidate: Candidate) -> dict[str, str]:
-    """By layer, what the candidate multiplies: `int8` where its weights are stored as integers."""
+    """By layer, how its weights are stored: `int8` or `int4`, else as the candidate says."""
     assert candidate.variant is not None
-    integers = set(quantized_layers(candidate.variant.model))
-    return {layer: INT8 if layer in integers else candidate.record.precision for layer in _operators(candidate)}
+    bits = weight_bits(candidate.variant.model)
+    kept = candidate.record.precision
+    return {layer: f"int{bits[layer]}" if layer in bits else kept for layer in _operators(candidate)}
 
 
 def _operators(candidate: Candidate) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphopt.candidates import Candidate, Compiler
-from graphopt.layer_times import INT8, compiled, layer_records, precisions, time_kernels
+from graphopt.layer_times import compiled, layer_records, precisions, time_kernels
 from graphopt.passes.base import Fidelity
 from graphopt.report import LayerRecord
 from graphopt.runtime.kernel_times import KernelTime
@@ -81,7 +81,7 @@ def _best(
     """The quantized candidate with the layers in float that are faster so, or None where that makes nothing faster."""
     assert quantized.variant is not None and quantized.variant.with_float is not None
     precision = rival.record.precision
-    integer = [layer for layer, kind in precisions(quantized).items() if kind == INT8]
+    integer = [layer for layer, kind in precisions(quantized).items() if kind.startswith("int")]
     before, in_float = by_layer(times[quantized.name]), by_layer(times[rival.name])
     floats = tuple(x for x in integer if x in before and in_float.get(x, before[x]) < FASTER * before[x])
     best: _Trial | None = None
@@ -96,7 +96,7 @@ def _best(
         old, new = timed[quantized.name], timed[candidate.name]
         trial = _Trial(candidate, total(new) / total(old))
         compiler.progress.note(
-            f"{len(floats)} of {len(integer)} layers in {precision}: {trial.ratio:.3f} of the time in 8 bits"
+            f"{len(floats)} of {len(integer)} layers in {precision}: {trial.ratio:.3f} of the time quantized"
         )
         if best is None or trial.ratio < best.ratio:
             best = trial

@@ -73,12 +73,12 @@ class Pipeline:
         return self, Pipeline()
 
     def excluding(self, nodes: tuple[str, ...]) -> Pipeline:
-        """The same pipeline with `nodes` left out by every pass that has an `exclude` option."""
+        """The same pipeline with `nodes` left float by every pass that quantizes."""
 
         def leave_out(each: Pass) -> Pass:
-            if not hasattr(each, "exclude") or not nodes:
+            if not each.quantizes or not nodes:
                 return each
-            together = dict.fromkeys((*getattr(each, "exclude"), *nodes))  # noqa: B009 - an option of some passes
+            together = dict.fromkeys((*getattr(each, "exclude"), *nodes))  # noqa: B009 - an option of these passes
             return dataclasses.replace(each, exclude=tuple(together))  # pyright: ignore[reportCallIssue,reportArgumentType]
 
         return Pipeline(tuple(leave_out(p) for p in self.passes))

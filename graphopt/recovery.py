@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from graphopt.calibration import Dataset
 from graphopt.calibration.observe import open_session
-from graphopt.graph import constant_of, label
+from graphopt.graph import attribute, constant_of, label
 from graphopt.model import to_bytes
 from graphopt.progress import SILENT, Progress
 
@@ -62,18 +62,26 @@ class Recovery:
 
 def quantized_layers(model: ir.Model) -> tuple[str, ...]:
     """Names of the nodes whose weights are stored as integers, in graph order."""
-    return tuple(
-        label(node)
-        for node in model.graph
-        if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 and _stored_as_integers(node.inputs[1])
-    )
+    return tuple(weight_bits(model))
 
 
-def _stored_as_integers(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
-        return False
-    return constant_of(producer.inputs[0]) is not None
+def weight_bits(model: ir.Model) -> dict[str, int]:
+    """By name of the node, in graph order: the bits of weights that are stored as integers."""
+    return {label(node): bits for node in model.graph if (bits := _bits_of(node)) is not None}
+
+
+def _bits_of(node: ir.Node) -> int | None:
+    if node.op_type == "MatMulNBits":
+        return int(attribute(node, "bits", 4))
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2 or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    if producer is not None and producer.op_type == "Reshape":  # blocks of a Conv's weights lie along its rows
+        producer = None if producer.inputs[0] is None else producer.inputs[0].producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
+        return None
+    stored = producer.inputs[0]
+    return None if constant_of(stored) is None or stored.dtype is None else round(8 * stored.dtype.itemsize)
 
 
 def rank_layers(

@@ -174,7 +174,7 @@ class _LossyPart:
         def with_float(floats: tuple[str, ...], name: str) -> Variant:
             return self._mixed((*returned, *floats), floats, name)
 
-        able = any(hasattr(each, "exclude") for each in self.part.passes)
+        able = any(each.quantizes for each in self.part.passes)
         return Variant(model, self._file("final"), record, Fidelity.LOSSY, with_float if able else None)
 
     def _mixed(self, excluded: tuple[str, ...], floats: tuple[str, ...], name: str) -> Variant:

@@ -141,6 +141,8 @@ def test_split_at_the_first_lossy_pass():
     assert pipeline.split() == (Pipeline((DropIdentity(),)), Pipeline((NeedsData(), DropIdentity())))
 
 
-def test_excluding_reaches_every_pass_with_that_option():
+def test_excluding_reaches_every_pass_that_quantizes_and_no_other():
     pipeline = Pipeline.parse("simplify,quantize-int8{exclude=[a]}")
     assert str(pipeline.excluding(("b", "a"))) == "simplify,quantize-int8{exclude=[a,b]}"
+    pruned = Pipeline.parse("prune-channels,low-rank-split,quantize-int8")
+    assert str(pruned.excluding(("a",))) == "prune-channels,low-rank-split,quantize-int8{exclude=[a]}"

@@ -71,6 +71,9 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    quantizes: ClassVar[bool] = False
+    """Whether it stores layers in fewer bits, but those that its option `exclude` names: accuracy recovery and mixed
+    precision return layers to float by it. What other passes exclude, they would treat as another network."""
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)

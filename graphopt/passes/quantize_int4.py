@@ -63,6 +63,7 @@ class QuantizeInt4(Pass):
     """4-bit weights in blocks; activations stay float."""
 
     fidelity = Fidelity.LOSSY
+    quantizes = True
 
     block: Literal[16, 32, 64, 128] = 64
     """Weights that share a scale."""

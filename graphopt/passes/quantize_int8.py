@@ -72,6 +72,7 @@ class QuantizeInt8(Pass):
     """8-bit weights and activations, calibrated on data."""
 
     fidelity = Fidelity.LOSSY
+    quantizes = True
 
     calibration: Method = "percentile"
     """How activation ranges are chosen."""

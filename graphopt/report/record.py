@@ -110,7 +110,7 @@ class LayerRecord:
     seconds: Mapping[str, float]
     """By candidate: its kernel in a run of the whole model, median; what was fused behind it included."""
     precision: Mapping[str, str]
-    """By candidate: what is multiplied, `int8`, `float32` or `bf16`."""
+    """By candidate, how its weights are stored: `int8`, `int4`, `float32` or `bf16`."""
 
 
 @dataclass(frozen=True)
