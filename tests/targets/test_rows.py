@@ -30,8 +30,9 @@ def mlp(
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, np.ndarray] = {"b": rng.uniform(-1, 1, inner).astype(np.float32),
                                         "g": rng.uniform(-1, 1, out).astype(np.float32),
-                                        "half": np.float32(0.5), "one": np.float32(1), "root": np.float32(2**0.5),
-                                        "six": np.float32(6)}  # fmt: skip
+                                        "half": np.asarray(0.5, np.float32), "one": np.asarray(1, np.float32),
+                                        "root": np.asarray(2**0.5, np.float32),
+                                        "six": np.asarray(6, np.float32)}  # fmt: skip
 
     def pair(name, scale, zero):
         made, held = quantized(name, scale, zero)
