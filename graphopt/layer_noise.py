@@ -19,7 +19,8 @@ MOST_LAYERS = 400
 def layer_snr_db(
     before: ir.Model, after: ir.Model, samples: Sequence[Mapping[str, np.ndarray]], work: Path
 ) -> dict[str, float]:
-    """By node: 10 log10(sum y^2 / sum (y - y')^2) of its output, where both models have a value of that name."""
+    """By node: 10 log10(sum y^2 / sum (y - y')^2) of its output, where both models have a value of that name
+    and shape."""
     have_after = {v.name for n in after.graph for v in n.outputs}
     layers = {
         str(n.outputs[0].name): graphs.label(n)
@@ -39,6 +40,8 @@ def layer_snr_db(
         reference, got = (run(sample) for run in runners)
         for name in wanted:
             a, b = reference[name].astype(np.float64), got[name].astype(np.float64)
+            if a.shape != b.shape:  # channels were cut
+                continue
             signal[name] += float(np.square(a).sum())
             noise[name] += float(np.square(a - b).sum())
     return {

@@ -255,3 +255,18 @@ def test_run_bench_compare_and_inspect_on_the_command_line(tmp_path, model):
     assert inspected.returncode == 0
     assert "BatchNormalization" in inspected.stdout
     assert cli("doctor").returncode == 0
+
+
+def test_pruned_split_and_quantized_in_one_pipeline(tmp_path):
+    """Passes that change shapes and names of layers, before one that layers are returned to float from."""
+    digits = Path(__file__).resolve().parent.parent / "examples" / "digits"
+    passes = "simplify,fold-batch-norm,prune-channels{ratio=0.2},low-rank-split{portions=1,energy=0.95},quantize-int8"
+    result = graphopt.optimize(
+        digits / "digits.onnx", tmp_path / "out", passes=passes, calib=digits / "calib.npz", eval=digits / "eval.npz",
+        max_drop=20.0, **FAST,
+    )  # fmt: skip
+    final = result.report.variant("final")
+    assert final.parameter_bytes < result.report.variant("exact").parameter_bytes / 4  # fewer, and smaller
+    applied = {record.spec.partition("{")[0]: record.applied for record in result.report.passes}
+    assert all(applied[name] for name in ("prune-channels", "low-rank-split", "quantize-int8"))
+    assert {c.variant: c.status for c in result.report.candidates if c.engine == "onnxruntime"}["final"] == "measured"
