@@ -22,6 +22,11 @@ Choice
     `importance`), every layer's channels are ranked by it. scope=global cuts what costs least for what it saves;
     scope=layer cuts the same share of every layer.
 
+Cost
+    Layers are solved again in `portions`, each on what the layers before it have become, so that later layers make up
+    for earlier errors: on resnet20 at ratio 0.2 top-1 is 75.2 with one portion, 76.6 with 8, 77.9 with one a step
+    (80.2 unpruned). Each portion costs a run of both models over the calibration data.
+
 Fidelity
     LOSSY. Before weights are solved again, the result equals the model with the channels that are cut set to zero.
 
@@ -63,6 +68,8 @@ class PruneChannels(Pass):
     """Whether layers compete, or each loses the same share."""
     reconstruct: Literal["auto", "true", "false"] = "auto"
     """Solve the weights of the layers that read what stays again, on calibration data; auto: where there is some."""
+    portions: int = 8
+    """Layers are solved again in so many steps, each making up for the error that those before it left."""
     round_to: str = "auto"
     """Channels of a layer are cut down to a multiple of this; auto: the target's channel block."""
     min_channels: int = 4
@@ -73,6 +80,8 @@ class PruneChannels(Pass):
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"ratio must be above 0 and below 1, not {self.ratio:g}")
+        if self.portions < 1:
+            raise ValueError(f"portions must be positive, not {self.portions}")
         if self.min_channels < 1:
             raise ValueError(f"min_channels must be at least 1, not {self.min_channels}")
         if self.round_to != "auto" and not (self.round_to.isdecimal() and int(self.round_to) > 0):
@@ -87,8 +96,7 @@ class PruneChannels(Pass):
         skipped = list(frozen_layers(plan.channels))
         notes = [f"{100 * (1 - work.left / work.total):.1f} % of the multiply-accumulates of {work.total:.4g} saved"]
         if self.reconstruct != "false" and context.data is not None:
-            moments = input_moments(plan.channels, context)
-            solved, left = reconstruct(plan, moments)
+            solved, left = reconstruct(plan, context, self.portions, self.exclude)
             skipped += left
             notes.append(f"{solved} layers solved again on {len(context.data)} samples")
         plan.apply()

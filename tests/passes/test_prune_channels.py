@@ -38,7 +38,17 @@ def shape_of(result: ir.Model, name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    "option", ["ratio=0", "ratio=1", "min_channels=0", "round_to=0", "round_to=some", "importance=size", "scope=all"]
+    "option",
+    [
+        "ratio=0",
+        "ratio=1",
+        "min_channels=0",
+        "portions=0",
+        "round_to=0",
+        "round_to=some",
+        "importance=size",
+        "scope=all",
+    ],
 )
 def test_impossible_options(option):
     with pytest.raises(SpecError):

@@ -43,7 +43,9 @@ def input_moments(channels: ChannelGraph, context: Context) -> dict[ir.Node, Mom
     if missing:
         found = collect_moments(channels.model, missing, data, context.seed, context.progress)
         for layer, moments in found.items():
-            known[label(layer.node)] = _shrunk(moments, len(data) * _places(channels, layer.node))
+            rows, covariance = len(data) * _places(channels, layer.node), moments.covariance
+            drawn = None if covariance is None else shrunk(covariance, rows)
+            known[label(layer.node)] = Moments(moments.mean, drawn, rows)
         _latest[data] = (identity, context.seed, known)
     return {node: known[label(node)] for node in nodes}
 
@@ -59,10 +61,8 @@ def _places(channels: ChannelGraph, node: ir.Node) -> int:
     return min(POSITIONS, places)
 
 
-def _shrunk(moments: Moments, rows: int) -> Moments:
-    if moments.covariance is None:
-        return moments
-    taps = moments.mean.shape[1]
+def shrunk(matrix: np.ndarray, rows: int) -> np.ndarray:
+    """A covariance (groups, taps, taps) measured on so many rows, drawn towards its diagonal."""
+    taps = matrix.shape[1]
     off = 1.0 - taps / (rows + taps)
-    factor = off + (1.0 - off) * np.eye(taps)
-    return Moments(moments.mean, moments.covariance * factor)
+    return matrix * (off + (1.0 - off) * np.eye(taps))

@@ -1,0 +1,138 @@
+"""What a layer multiplies, in the model as it was and as it is by now: moments of both, in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from graphopt.calibration.observe import watch
+from graphopt.graph import attribute, constant_of
+from graphopt.passes.base import Context
+from graphopt.passes.quantization.moments import MAX_TAPS, patches
+from graphopt.passes.quantization.placement import Layer
+
+MOST_ELEMENTS = 64 << 20
+"""Of all covariances that are kept at one time: 512 MiB."""
+FLUSH_ROWS = 1024
+"""Rows gathered before they are multiplied into the covariances."""
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """Of one layer's inputs over `rows` rows: x in the model as it was, z in the model as it is by now.
+
+    `first_mean`, `mean`: (groups, taps) of x and of z. `covariance`: (groups, taps, taps) of z; None for a layer of
+    more than `MAX_TAPS` taps. `crossed`: (groups, taps, taps), of x along the rows with z along the columns; None
+    there too, and where both models are one.
+    """
+
+    first_mean: np.ndarray
+    mean: np.ndarray
+    covariance: np.ndarray | None
+    crossed: np.ndarray | None
+    rows: int
+
+
+def observe_pairs(
+    first: ir.Model, second: ir.Model | None, layers: Sequence[Layer], context: Context
+) -> Iterator[tuple[Layer, PairedMoments]]:
+    """Each layer's inputs in `first`, the model as it was, and `second`, as it is by now (None: the same).
+
+    The inputs have one name in both. Raises ModelError and DataError as `collect_statistics` does.
+    """
+    assert context.data is not None
+    for part in _parts(layers, 1 if second is None else 2):
+        names = [str(layer.input.name) for layer in part]
+        sums = [_Sums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
+        label = "observe layers' inputs"
+        before = watch(_up_to(first, names), names, context.data, label=label, progress=context.progress)
+        after = before if second is None else watch(_up_to(second, names), names, context.data, label=label)
+        for values in before:
+            others = values if after is before else next(after)
+            for name, total in zip(names, sums, strict=True):
+                total.add(values[name], others[name])
+        for layer in part:
+            yield layer, sums.pop(0).moments()
+
+
+def group_taps(layer: Layer) -> tuple[int, int]:
+    """Groups, and weights of one output channel."""
+    weights = constant_of(layer.node.inputs[layer.weight_index])
+    assert weights is not None
+    if layer.node.op_type != "Conv":
+        return 1, weights.size // weights.shape[layer.channel_axis]
+    return attribute(layer.node, "group", 1), int(np.prod(weights.shape[1:], dtype=int))
+
+
+class _Sums:
+    def __init__(self, layer: Layer, seed: tuple[int, int], paired: bool):
+        groups, taps = group_taps(layer)
+        self.layer, self.paired = layer, paired
+        self.first_rng, self.second_rng = np.random.default_rng(seed), np.random.default_rng(seed)
+        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self.rows = 0
+        self.first, self.second = np.zeros((groups, taps)), np.zeros((groups, taps))
+        self.squares = self.crossed = None
+        if taps <= MAX_TAPS:
+            self.squares = np.zeros((groups, taps, taps))
+            self.crossed = np.zeros((groups, taps, taps)) if paired else None
+
+    def add(self, first: np.ndarray, second: np.ndarray) -> None:
+        """The layer's input in both models, for the same samples."""
+        other = patches(self.layer, second, self.second_rng).astype(np.float32)
+        own = patches(self.layer, first, self.first_rng).astype(np.float32) if self.paired else other
+        self.waiting.append((own, other))
+        if sum(rows.shape[1] for rows, _ in self.waiting) >= FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        first, second = (np.concatenate(each, axis=1) for each in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        self.rows += second.shape[1]
+        self.first += first.sum(axis=1, dtype=np.float64)
+        self.second += second.sum(axis=1, dtype=np.float64)
+        if self.squares is not None:
+            self.squares += second.transpose(0, 2, 1) @ second
+        if self.crossed is not None:
+            self.crossed += first.transpose(0, 2, 1) @ second
+
+    def moments(self) -> PairedMoments:
+        if self.waiting:
+            self._flush()
+        first, second = self.first / self.rows, self.second / self.rows
+        covariance = crossed = None
+        if self.squares is not None:
+            covariance = self.squares / self.rows - second[:, :, None] * second[:, None, :]
+        if self.crossed is not None:
+            crossed = self.crossed / self.rows - first[:, :, None] * second[:, None, :]
+        return PairedMoments(first, second, covariance, crossed, self.rows)
+
+
+def _up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy that computes these values and, where they are inputs, at least something."""
+    part = model.clone()
+    wanted = [value for node in part.graph for value in node.outputs if value.name in names]
+    if wanted:
+        part.graph.outputs.clear()
+        part.graph.outputs.extend(wanted)
+        RemoveUnusedNodesPass()(part)
+    return part
+
+
+def _parts(layers: Sequence[Layer], each: int) -> Iterator[list[Layer]]:
+    part: list[Layer] = []
+    size = 0
+    for layer in layers:
+        groups, taps = group_taps(layer)
+        own = each * groups * taps**2 if taps <= MAX_TAPS else 0
+        if part and size + own > MOST_ELEMENTS:
+            yield part
+            part, size = [], 0
+        part.append(layer)
+        size += own
+    if part:
+        yield part
