@@ -57,10 +57,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibration import Dataset
-from graphopt.errors import PassError, nearest
+from graphopt.errors import PassError
 from graphopt.graph import label, opset_of, remove_unused_initializers
 from graphopt.model import digest
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
+from graphopt.passes.excluded import require_nodes
 from graphopt.passes.low_rank.choose import Candidate, Goal, Split, affordable, at_rank, choose, fit
 from graphopt.passes.low_rank.decomposition import AUTOMATIC, DECOMPOSITIONS
 from graphopt.passes.low_rank.inputs import Inputs, has_covariance, observe_inputs
@@ -245,13 +246,7 @@ class LowRankSplit(Pass):
         # A later pass may be told to leave a layer alone that this one makes: such a name is none of ours.
         made = {name for name in self.exclude if SUFFIX in name and name.rpartition(SUFFIX)[0] in names}
         for option, given in (("exclude", self.exclude), ("ranks", tuple(self._explicit_ranks()))):
-            for name in given:
-                if name not in names and name not in made:
-                    near = nearest(name, names)
-                    raise PassError(
-                        f"{self.name}: {option} names {name!r}, which is no node of the model",
-                        hint=f"did you mean {near!r}?" if near else "`graphopt inspect` lists the nodes",
-                    )
+            require_nodes(model, [name for name in given if name not in made], self.name, option)
 
 
 def _portions(problems: list[Problem], count: int) -> list[list[Problem]]:

@@ -42,7 +42,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from graphopt.errors import PassError, nearest
+from graphopt.errors import PassError
 from graphopt.graph import label
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.channels.choosing import Scope, choose
@@ -53,6 +53,7 @@ from graphopt.passes.channels.moments import input_moments
 from graphopt.passes.channels.plan import Plan
 from graphopt.passes.channels.reconstruction import reconstruct
 from graphopt.passes.channels.work import Work
+from graphopt.passes.excluded import require_nodes
 
 
 class PruneChannels(Pass):
@@ -121,14 +122,7 @@ class PruneChannels(Pass):
         needs = needs or ("reconstruct=true" if self.reconstruct == "true" else "")
         if needs and context.data is None:
             raise PassError(f"{self.name}: {needs} needs calibration data", hint="give calibration data")
-        names = [label(node) for node in model.graph]
-        for name in self.exclude:
-            if name not in names:
-                near = nearest(name, names)
-                raise PassError(
-                    f"{self.name}: exclude names {name!r}, which is no node of the model",
-                    hint=f"did you mean {near!r}?" if near else "`graphopt inspect` lists the nodes",
-                )
+        require_nodes(model, self.exclude, self.name)
 
 
 def frozen_layers(channels: ChannelGraph) -> tuple[Skip, ...]:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from graphopt.passes.quantization.compensate import DAMPING
-
+DAMPING = 0.01
+"""Share of the mean variance added to every variance, so that the moments can be inverted."""
 LAZY = 64
 """Taps after which the errors are spread to all later ones at once (the order of operations, not the result)."""
 
@@ -44,7 +44,9 @@ def in_order(weights: np.ndarray, factors: np.ndarray, choose: Choose, lazy: int
 def inverse_factors(moments: np.ndarray) -> np.ndarray:
     """U of each (taps, taps) of `moments` (groups, taps, taps), damped until it exists; the identity if it never does.
 
-    Taps whose input is always zero have only the damping to hold them: they are left to their own rounding.
+    Taps whose input is always zero have only the damping to hold them: they are left to their own rounding. Moments
+    measured on few samples, or of inputs whose mean is large against their variance, may have negative eigenvalues of
+    more than the damping: then they are damped more.
     """
     return np.stack([_inverse_factor(each) for each in moments])
 

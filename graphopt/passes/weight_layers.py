@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import PassError, nearest
 from graphopt.graph import attribute, constant_of, input_of, label, remove_unused_initializers
 from graphopt.passes.base import Skip
+from graphopt.passes.excluded import require_nodes
 from graphopt.passes.quantization.insert import Inserter, layer_arrays
 from graphopt.passes.quantization.moments import Moments
 from graphopt.passes.quantization.placement import UNSUPPORTED_LAYERS, Layer, place
@@ -70,7 +70,7 @@ class WeightLayer:
         """
         if moments.covariance is None or (correct_bias and self.takes_bias):
             return moments.covariance
-        return moments.covariance + moments.mean[:, :, None] * moments.mean[:, None, :]
+        return moments.second_moment
 
     def shift(self, change: np.ndarray, moments: Moments) -> np.ndarray:
         """float64 (channels,): what weights less by `change` (groups, rows, taps) take from the mean output."""
@@ -81,14 +81,7 @@ def find_layers(
     model: ir.Model, what: str, exclude: Sequence[str], exclude_types: Sequence[str]
 ) -> tuple[list[WeightLayer], list[Skip]]:
     """The layers in graph order, and why others are none. Raises PassError: `exclude` names no node; `what` asks."""
-    names = [label(node) for node in model.graph]
-    for name in exclude:
-        if name not in names:
-            near = nearest(name, names)
-            raise PassError(
-                f"{what}: exclude names {name!r}, which is no node of the model",
-                hint=f"did you mean {near!r}?" if near else "`graphopt inspect` lists the nodes",
-            )
+    require_nodes(model, exclude, what)
     placement = place(model.graph, exclude, exclude_types)
     skipped = [Skip(s.node, _own_words(s.reason)) for s in placement.skipped]
     readers = {layer.node: layer for layer in placement.layers}

@@ -17,8 +17,8 @@ from graphopt.passes.base import Context
 from graphopt.passes.channels.reconstruction import solve
 from graphopt.passes.channels.removal import Removal
 from graphopt.passes.prune_channels import PruneChannels
-from graphopt.passes.quantization.compensate import DAMPING
 from graphopt.passes.quantization.moments import Moments
+from graphopt.passes.second_order import DAMPING
 from graphopt.pipeline import Pipeline
 from tests.models import small_cnn
 from tests.passes.channel_models import networks

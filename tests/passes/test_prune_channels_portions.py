@@ -16,7 +16,7 @@ from graphopt.passes.base import Context
 from graphopt.passes.channels.order import portions, steps
 from graphopt.passes.channels.reconstruction import solve
 from graphopt.passes.prune_channels import PruneChannels
-from graphopt.passes.quantization.compensate import DAMPING
+from graphopt.passes.second_order import DAMPING
 from tests.passes.channel_models import networks
 
 LAYERS = 6

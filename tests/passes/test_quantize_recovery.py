@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from graphopt import model as models
 from graphopt.calibration import collect_statistics, load_dataset
 from graphopt.passes.quantization.clipping import weight_error
-from graphopt.passes.quantization.compensate import DAMPING, round_with_covariance
+from graphopt.passes.quantization.compensate import round_with_covariance
 from graphopt.passes.quantization.learned import learn_rounding, output_noise
 from graphopt.passes.quantization.moments import Moments
 from graphopt.passes.quantization.weights import round_weights, weight_scales
 from graphopt.passes.quantize_int8 import QuantizeInt8
+from graphopt.passes.second_order import DAMPING
 from tests.passes.test_quantize_int8 import array_of, build, quantize, residual, snr_db
 
 

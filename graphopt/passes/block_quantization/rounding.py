@@ -21,9 +21,8 @@ from graphopt.passes.block_quantization.grid import Blocks, Grid, eight_bits, no
 from graphopt.passes.block_quantization.half_quadratic import refine
 from graphopt.passes.block_quantization.layout import Layout, layout
 from graphopt.passes.layer_moments import for_each_layer
-from graphopt.passes.quantization.compensate import DAMPING
 from graphopt.passes.quantization.moments import Moments
-from graphopt.passes.second_order import in_order, inverse_factors, output_error, permuted
+from graphopt.passes.second_order import DAMPING, in_order, inverse_factors, output_error, permuted
 from graphopt.passes.weight_layers import WeightLayer
 
 Method = Literal["nearest", "hqq", "gptq"]

@@ -35,8 +35,8 @@ from graphopt.passes.channels.order import steps
 from graphopt.passes.channels.plan import Plan
 from graphopt.passes.channels.work import weights_of
 from graphopt.passes.paired_inputs import PairedMoments, observe_pairs
-from graphopt.passes.quantization.compensate import DAMPING
 from graphopt.passes.quantization.placement import Layer
+from graphopt.passes.second_order import DAMPING
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphopt.passes.quantization.compensate import DAMPING
 from graphopt.passes.quantization.moments import Moments
+from graphopt.passes.second_order import DAMPING
 
 
 class Removal:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphopt.passes.quantization.compensate import BLOCK, DAMPING, round_with_covariance
+from graphopt.passes.quantization.compensate import round_with_covariance
+from graphopt.passes.second_order import DAMPING, LAZY, output_error
 
 MOST_SWEEPS = 1000
 """Times each weight is looked at; descent ends by itself, mostly after 5 to 20; saturated weights make it slow."""
@@ -40,8 +41,7 @@ def learn_rounding(weights: np.ndarray, scales: np.ndarray, covariance: np.ndarr
 
 def output_noise(integers: np.ndarray, weights: np.ndarray, scales: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """(groups, rows): the variance that rounding adds to every output channel."""
-    error = weights - integers * scales[..., None]
-    return np.einsum("grt,grt->gr", error @ covariance, error)
+    return output_error(weights - integers * scales[..., None], covariance)
 
 
 def _better(
@@ -60,8 +60,8 @@ def _descend(
     taps = weights.shape[2]
     for _ in range(MOST_SWEEPS):
         moved = False
-        for first in range(0, taps, BLOCK):
-            block = slice(first, min(first + BLOCK, taps))
+        for first in range(0, taps, LAZY):
+            block = slice(first, min(first + LAZY, taps))
             steps = _descend_block(integers, error, slope[..., block].copy(), weights, scales, covariance, limit, block)
             if steps.any():
                 slope += steps @ covariance[:, block, :]

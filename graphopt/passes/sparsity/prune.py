@@ -18,9 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from graphopt.passes.quantization.compensate import DAMPING
 from graphopt.passes.quantization.moments import Moments
-from graphopt.passes.second_order import LAZY, in_order, inverse_factors, output_error, permuted
+from graphopt.passes.second_order import DAMPING, LAZY, in_order, inverse_factors, output_error, permuted
 from graphopt.passes.sparsity.masks import Pattern, lowest, lowest_of_rows
 from graphopt.passes.weight_layers import WeightLayer
 
