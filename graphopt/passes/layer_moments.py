@@ -14,13 +14,10 @@ import onnx_ir as ir
 from graphopt.calibration import Dataset
 from graphopt.model import digest
 from graphopt.passes.base import Context
-from graphopt.passes.quantization.moments import MAX_TAPS, Moments, collect_moments
+from graphopt.passes.quantization.moments import Moments, collect_moments, covariance_elements, in_parts
 from graphopt.passes.weight_layers import WeightLayer, find_layers
 
 T = TypeVar("T")
-
-MOMENT_BYTES = 1 << 29
-"""Of covariances kept at a time; more layers than that are measured in several runs over the data."""
 
 _moments: weakref.WeakKeyDictionary[Dataset, tuple[tuple[str, int], dict[str, Moments]]] = weakref.WeakKeyDictionary()
 _results: weakref.WeakKeyDictionary[Dataset, dict[tuple, Any]] = weakref.WeakKeyDictionary()
@@ -73,7 +70,8 @@ def _moments_of(
     if known_key == key and names.keys() <= known.keys():
         yield from ((each, known[each.name]) for each in wanted)
         return
-    parts = list(_parts(find_layers(model, "moments", (), ())[0]))
+    everything = find_layers(model, "moments", (), ())[0]
+    parts = list(in_parts(everything, lambda each: covariance_elements(each.groups, each.taps)))
     for part in parts:
         if not any(each.name in names for each in part):
             continue
@@ -84,18 +82,3 @@ def _moments_of(
             moments = found.pop(each.layer)
             if each.name in names:
                 yield names[each.name], moments
-
-
-def _parts(layers: Sequence[WeightLayer]) -> Iterator[list[WeightLayer]]:
-    """Runs of layers whose covariances together stay below `MOMENT_BYTES`."""
-    waiting: list[WeightLayer] = []
-    size = 0
-    for each in layers:
-        bytes_ = 8 * each.groups * each.taps**2 if each.taps <= MAX_TAPS else 0
-        if waiting and size + bytes_ > MOMENT_BYTES:
-            yield waiting
-            waiting, size = [], 0
-        waiting.append(each)
-        size += bytes_
-    if waiting:
-        yield waiting

@@ -12,11 +12,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from graphopt.calibration.observe import watch
 from graphopt.graph import attribute, constant_of
 from graphopt.passes.base import Context
-from graphopt.passes.quantization.moments import MAX_TAPS, patches
+from graphopt.passes.quantization.moments import MAX_TAPS, covariance_elements, in_parts, patches
 from graphopt.passes.quantization.placement import Layer
 
-MOST_ELEMENTS = 64 << 20
-"""Of all covariances that are kept at one time: 512 MiB."""
 FLUSH_ROWS = 1024
 """Rows gathered before they are multiplied into the covariances."""
 
@@ -45,7 +43,8 @@ def observe_pairs(
     The inputs have one name in both. Raises ModelError and DataError as `collect_statistics` does.
     """
     assert context.data is not None
-    for part in _parts(layers, 1 if second is None else 2):
+    each = 1 if second is None else 2
+    for part in in_parts(layers, lambda layer: each * covariance_elements(*group_taps(layer))):
         names = [str(layer.input.name) for layer in part]
         sums = [_Sums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
         label = "observe layers' inputs"
@@ -121,18 +120,3 @@ def _up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
         part.graph.outputs.extend(wanted)
         RemoveUnusedNodesPass()(part)
     return part
-
-
-def _parts(layers: Sequence[Layer], each: int) -> Iterator[list[Layer]]:
-    part: list[Layer] = []
-    size = 0
-    for layer in layers:
-        groups, taps = group_taps(layer)
-        own = each * groups * taps**2 if taps <= MAX_TAPS else 0
-        if part and size + own > MOST_ELEMENTS:
-            yield part
-            part, size = [], 0
-        part.append(layer)
-        size += own
-    if part:
-        yield part

@@ -389,7 +389,7 @@ def test_few_covariances_are_kept_at_a_time(monkeypatch):
     model = build(RESIDUAL, **RESIDUAL_SHAPES)
     data = samples(model)
     together = quantize(model, data)
-    monkeypatch.setattr("graphopt.passes.layer_moments.MOMENT_BYTES", 1)
+    monkeypatch.setattr("graphopt.passes.quantization.moments.MOST_ELEMENTS", 1)
     apart = quantize(model, samples(model))
     assert together.applied == apart.applied == 6 and snr_db(model, apart.model) > 15
 

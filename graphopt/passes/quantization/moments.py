@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,30 @@ FLUSH_ROWS = 1024
 """Rows gathered before they are multiplied into the covariance."""
 MAX_TAPS = 2304
 """Largest group of weights with a covariance (its square is kept); larger layers get the mean alone."""
+
+MOST_ELEMENTS = 64 << 20
+"""Of all covariances that are kept at one time: 512 MiB."""
+Item = TypeVar("Item")
+
+
+def covariance_elements(groups: int, taps: int) -> int:
+    """Elements of a layer's covariance; 0 where it is too large to have one."""
+    return groups * taps**2 if taps <= MAX_TAPS else 0
+
+
+def in_parts(items: Iterable[Item], elements: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Runs of `items` whose covariances together have at most `MOST_ELEMENTS`; each is one run over the data."""
+    part: list[Item] = []
+    size = 0
+    for item in items:
+        own = elements(item)
+        if part and size + own > MOST_ELEMENTS:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += own
+    if part:
+        yield part
 
 
 @dataclass
