@@ -1,10 +1,10 @@
-"""Mixed precision by measurement: a quantized layer stays in 8 bits only where that makes the whole model faster.
+"""Mixed precision by measurement: a layer stays quantized only where that makes the whole model faster.
 
 The quantized candidate and the float ones run in turns, every kernel timed where it lies in the model. Layers whose
-kernel is slower in 8 bits are left float in one more variant, and that is compiled. What conversions at the borders
-cost shows in it: their time is shared out among the layers that were left float, those that gain less than their share
-go back to 8 bits, and so on, until the kernels of the whole take less time than the quantized candidate's, or no layer
-is left. The mixed candidate then races against all others: this stage proposes, the gate decides.
+kernel is slower quantized are left float in one more variant, and that is compiled. What conversions at the borders
+cost shows in it: their time is shared out among the layers that were left float, and those that gain less than their
+share go back to integers, for ROUNDS libraries at most. The fastest of them then races against all others, if its
+kernels take less time than the quantized candidate's: this stage proposes, the gate decides.
 
 Layers left float run in what the float candidate stores: float32, or bfloat16 with `--precision bf16`.
 """
@@ -23,7 +23,7 @@ from graphopt.runtime.kernel_times import KernelTime
 ROUNDS = 3
 """Libraries built at most for each float precision."""
 FASTER = 0.97
-"""A float kernel must take less than this of the 8-bit one's time to be tried; clocks and borders cost something."""
+"""A float kernel must take less than this of the quantized one's time to be tried: clocks and borders cost too."""
 PARTS = 5
 """Kernels are timed for this part of `--measure-seconds` each time."""
 WORTH = 0.99
