@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -62,6 +62,21 @@ class Context:
     progress: Progress = SILENT
 
 
+@dataclass(frozen=True)
+class Offer:
+    """One thing that a pass could do to one place of a model, for a search that weighs many of them."""
+
+    site: str
+    """The place: of the offers for one site at most one can be taken."""
+    value: str
+    """What the pass's option `Pass.takes` names it by."""
+    nodes: tuple[str, ...]
+    """Labels of the layers that become cheaper or go away."""
+    build: Callable[[], ir.Model]
+    """The model with this offer alone taken, in full precision, fitted to the calibration data as far as that is cheap;
+    layers in place of node `n` are labelled `n` or `n_...`."""
+
+
 @dataclass_transform(frozen_default=True)
 class Pass(abc.ABC):
     """Base of every rewrite. Subclasses are frozen dataclasses by themselves: annotate fields, give defaults.
@@ -74,6 +89,8 @@ class Pass(abc.ABC):
     quantizes: ClassVar[bool] = False
     """Whether it stores layers in fewer bits, but those that its option `exclude` names: accuracy recovery and mixed
     precision return layers to float by it. What other passes exclude, they would treat as another network."""
+    takes: ClassVar[str] = ""
+    """The option that lists offers to take, where the pass makes offers: it then does these and nothing else."""
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
@@ -83,6 +100,13 @@ class Pass(abc.ABC):
 
     def observes(self, model: ir.Model) -> tuple[str, ...]:
         """Names of the values whose statistics on calibration data `run` needs; none by default."""
+        return ()
+
+    def offers(self, model: ir.Model, context: Context) -> Iterable[Offer]:
+        """What `run` could do to `model`, site by site, each site's offers from the mildest on. `model` is not changed.
+
+        Raises what `run` raises.
+        """
         return ()
 
     @abc.abstractmethod
