@@ -12,6 +12,7 @@ from typing import Any
 from graphopt import model as models
 from graphopt.candidates import Candidate
 from graphopt.report import Report
+from graphopt.report.front import front_plot, pareto
 from graphopt.report.html import to_html
 from graphopt.runtime.artifact import COMPILED, MODEL, write_manifest
 from graphopt.settings import Settings
@@ -21,6 +22,8 @@ from graphopt.verify import Feeds
 
 REPORT = "report.json"
 REPORT_HTML = "report.html"
+PARETO = "pareto.json"
+PARETO_PICTURE = "pareto.svg"
 RECIPE = "recipe.toml"
 LATENCY = "latency.json"
 
@@ -42,6 +45,10 @@ def write_artifact(
     written = report.to_dict()
     (folder / REPORT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(to_html(written), encoding="utf-8")
+    front = pareto(written)
+    if front is not None:
+        (folder / PARETO).write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")
+        (folder / PARETO_PICTURE).write_text(front_plot(front) + "\n", encoding="utf-8")
     (folder / LATENCY).write_text(json.dumps(latency) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(settings.to_toml(), encoding="utf-8")
     signature = models.signature(source.model)

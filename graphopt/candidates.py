@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from graphopt.progress import Progress
 from graphopt.report import CandidateRecord
 from graphopt.schedule_database import database_path
 from graphopt.settings import Settings
-from graphopt.targets.base import Target
+from graphopt.targets.base import Target, TuningReport
 from graphopt.variants import Data, Source, Variant
 from graphopt.verify import Feeds, OutputError, Reference, Runner
 
@@ -92,23 +92,35 @@ class Compiler:
     data: Data
     work: Path
     progress: Progress
+    _made: dict[tuple[int, str], Candidate] = field(default_factory=dict, init=False)
+    """By id of the variant, which its candidate keeps alive, and precision."""
 
     def compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
-        """The candidate, with its status; `precision` is what images and weights in float are stored as."""
+        """The candidate, with its status; `precision` is what images and weights in float are stored as.
+
+        A variant that was compiled before is not compiled again.
+        """
+        key = id(variant), precision
+        if key not in self._made:
+            self._made[key] = self._compile(variant, precision, tune_seconds)
+        return self._made[key]
+
+    def build(self, model: ir.Model, folder: Path, precision: str, tune_seconds: float) -> TuningReport:
+        """Tune and compile `model` into `folder`, unverified. Raises TargetError."""
+        target = narrowed(self.target) if precision == "bf16" else self.target
+        lowered = target.lower(specialise(model, self.data.samples[0]))
+        tuning = target.tune(
+            lowered, seconds=tune_seconds, database=database_path(), seed=self.settings.seed, progress=self.progress
+        )
+        target.build(lowered, folder)
+        return tuning
+
+    def _compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
         from graphopt.runtime.tvm_engine import TvmEngine
 
-        target = narrowed(self.target) if precision == "bf16" else self.target
         folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
         try:
-            lowered = target.lower(specialise(variant.model, self.data.samples[0]))
-            tuning = target.tune(
-                lowered,
-                seconds=tune_seconds,
-                database=database_path(),
-                seed=self.settings.seed,
-                progress=self.progress,
-            )
-            target.build(lowered, folder)
+            tuning = self.build(variant.model, folder, precision, tune_seconds)
             run = TvmEngine(folder, None).run
             if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
                 errors = _verify(run, variant, self.reference)

@@ -21,7 +21,7 @@ from graphopt import __version__, errors, plugins, spec
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
 from graphopt.pipeline import PRESETS
 from graphopt.report_command import report
-from graphopt.settings import Settings, parse_input, read_recipe
+from graphopt.settings import Settings, parse_input, read_pick, read_recipe
 from graphopt.tuning_commands import db, tune
 
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -101,6 +101,9 @@ def group() -> None:
 @click.option("--target", help="E.g. cpu, cpu{mcpu=cascadelake}. [default: cpu]")
 @click.option("--preset", help=f"Named pipeline: {', '.join(PRESETS)}. [default: exact]")
 @click.option("--passes", help="Pipeline, e.g. 'simplify,quantize-int8{calibration=percentile}'.")
+@click.option("--objective", type=click.Choice(["latency", "size"]), help="What the preset auto searches for.")
+@click.option("--search-seconds", type=float, help="Budget of that search. [default: 900]")
+@click.option("--pick", type=int, help="Make this point of the pareto.json that --config names.")
 @click.option("--calib", help="Calibration data: .npz, picture folder, or `random`.")
 @click.option("--calib-samples", type=int, help="Draw this many from --calib (seeded); the others are held out.")
 @click.option("--eval", "eval_", help="Evaluation data; default: what --calib-samples held out.")
@@ -125,6 +128,7 @@ def group() -> None:
 def optimize(
     model: str | None,
     config: str | None,
+    pick: int | None,
     inputs: tuple[str, ...],
     format_: str,
     quiet: bool,
@@ -140,7 +144,7 @@ def optimize(
     given = {k: v for k, v in {**options, "model": model, "eval": eval_}.items() if v is not None}
     if inputs:
         given["inputs"] = dict(parse_input(text) for text in inputs)
-    settings = _settings(given, read_recipe(config) if config else {})
+    settings = _settings(given, _recipe(config, pick))
     progress = ConsoleProgress(quiet)
 
     def echo(resolved: Settings, target: Any) -> None:
@@ -161,6 +165,14 @@ def optimize(
                 f"Artifact: {result.path} (report.html has the plots, recipe.toml replays this run)", markup=False
             )
     return errors.EXIT_DONE if result.report.accuracy_met else errors.EXIT_ACCURACY
+
+
+def _recipe(config: str | None, pick: int | None) -> Mapping[str, Any]:
+    if pick is None:
+        return read_recipe(config) if config else {}
+    if config is None:
+        raise errors.SpecError("--pick needs the front", hint="give --config OUT/pareto.json")
+    return read_pick(config, pick)
 
 
 def _settings(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:

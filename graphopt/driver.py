@@ -1,7 +1,7 @@
 """The whole program, one function a stage:
 
-    resolve -> load -> rewrite (passes, verify, recover) -> compile (lower, tune, build, verify)
-            -> measure -> choose -> write the artifact and its report
+    resolve -> load -> rewrite (passes, verify, recover) -> search (with an objective: settings of all layers)
+            -> compile (lower, tune, build, verify) -> measure -> choose -> write the artifact and its report
 
 Passes propose; measurement on the target disposes: `choose` delivers what was fastest in one paired run among
 the variants that are still right, and never one that is slower than the model that came in.
@@ -35,6 +35,7 @@ from graphopt.precision import settled
 from graphopt.progress import SILENT, Progress
 from graphopt.report import DataRecord, Report, SourceRecord
 from graphopt.runtime.artifact import Artifact, load
+from graphopt.search import search
 from graphopt.settings import Settings
 from graphopt.targets.base import Target
 from graphopt.variants import Bound, Data, Judge, Source, Variant, make_variants
@@ -67,8 +68,8 @@ def optimize(
 ) -> Result:
     """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
 
-    `options` are the fields of `Settings`: preset, calib, calib_samples, eval, preprocess, max_drop, min_snr,
-    inputs, threads, engine, precision, tune_seconds, measure_seconds, seed, overwrite.
+    `options` are the fields of `Settings`: preset, objective, search_seconds, calib, calib_samples, eval, preprocess,
+    max_drop, min_snr, inputs, threads, engine, precision, tune_seconds, measure_seconds, seed, overwrite.
 
     Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
     TargetError (failure). Where the accuracy bound cannot be met, the result says `report.accuracy_met == False`
@@ -106,8 +107,12 @@ def run(
             reference = Reference(source.model, data.samples, work)
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
+        compiler = Compiler(target, settings, reference, data, work, progress)
+        if settings.objective is not None:
+            with _timed(report, "search"):
+                variants += _search(source, variants, compiler, report)
         with _timed(report, "compile"):
-            candidates = _compile(source, variants, target, reference, data, settings, report, work, progress)
+            candidates = _compile(source, variants, compiler, report)
         with _timed(report, "measure"):
             chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
         if stage is not None:
@@ -117,7 +122,7 @@ def run(
                     chosen,
                     source,
                     data.samples[0],
-                    settings,
+                    _replaying(settings, chosen),
                     target,
                     report,
                     {**race.to_dict(), "delivered": chosen.name},
@@ -222,18 +227,19 @@ def _rewrite(
     return variants
 
 
-def _compile(
-    source: Source,
-    variants: list[Variant],
-    target: Target,
-    reference: Reference,
-    data: Data,
-    settings: Settings,
-    report: Report,
-    work: Path,
-    progress: Progress,
-) -> list[Candidate]:
-    compiler = Compiler(target, settings, reference, data, work, progress)
+def _search(source: Source, variants: list[Variant], compiler: Compiler, report: Report) -> list[Variant]:
+    """Cheaper variants than the last of `variants`, whose lossy passes the search keeps behind those it adds."""
+    settings, data = compiler.settings, compiler.data
+    context = Context(
+        compiler.target.capabilities, data=data.calibration, seed=settings.seed, progress=compiler.progress
+    )
+    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), compiler.progress)
+    found, report.search = search(source, variants[0], variants[-1], judge, context, compiler)
+    report.variants += [v.record for v in found]
+    return found
+
+
+def _compile(source: Source, variants: list[Variant], compiler: Compiler, report: Report) -> list[Candidate]:
     candidates = make_candidates(source, variants, compiler)
     candidates, report.layers = mix(candidates, compiler)
     known = {v.name for v in variants}
@@ -271,6 +277,13 @@ def _measure_and_choose(
             _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
     raise AssertionError("the input model itself is always deliverable")
+
+
+def _replaying(settings: Settings, chosen: Candidate) -> Settings:
+    """Settings that make what was delivered: of a search, its recipe instead of the search."""
+    if settings.objective is None or chosen.variant is None:
+        return settings
+    return dataclasses.replace(settings, passes=chosen.variant.record.pipeline, preset="exact", objective=None)
 
 
 def _tell_missed_precision(report: Report) -> None:

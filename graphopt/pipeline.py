@@ -20,8 +20,10 @@ from graphopt.verify import OutputError, Reference, check_structure
 PRESETS: Mapping[str, str] = {
     "exact": "simplify,fold-batch-norm",
     "int8": "simplify,fold-batch-norm,quantize-int8",
+    "auto": "simplify,fold-batch-norm,quantize-int8",
 }
-"""Named pipelines. `exact` computes the same function; `int8` adds post-training quantization."""
+"""Named pipelines. `exact` computes the same function; `int8` adds post-training quantization; from there `auto`
+searches for the settings of all layers."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,15 @@ def target_class(name: str) -> type[Target]:
     return _load(name, BUILTIN_TARGETS, TARGET_GROUP, Target, "target")
 
 
+def offering_passes() -> tuple[Pass, ...]:
+    """Passes that make offers and do not quantize, with default options, in the order of `pass_names`.
+
+    Raises SpecError: one cannot load.
+    """
+    classes = (pass_class(name) for name in pass_names())
+    return tuple(each() for each in classes if each.takes and not each.quantizes)
+
+
 def parse_target(text: str | Target) -> Target:
     """`cpu{mcpu=cascadelake}` -> Cpu(mcpu="cascadelake"). Raises SpecError."""
     if isinstance(text, Target):

@@ -24,6 +24,7 @@ else:
 
 Engine = Literal["auto", "tvm", "onnxruntime"]
 Precision = Literal["float32", "bf16"]
+Objective = Literal["latency", "size"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Settings:
     engine: Engine = "auto"
     precision: Precision = "float32"
     """`bf16` adds compiled candidates with bfloat16 images and weights, judged as lossy (see `graphopt.precision`)."""
+    objective: Objective | None = None
+    """Search for the settings of all layers that make the fastest model within the bound, or the smallest, from the
+    pipeline on; None: no search, unless the preset is `auto`, which searches for the fastest."""
+    search_seconds: float = 900.0
+    """About how long that search may take."""
     tune_seconds: float = 60.0
     measure_seconds: float = 15.0
     seed: int = 0
@@ -71,7 +77,7 @@ class Settings:
         """The same with absolute paths, the preset spelt out and numbers checked. Raises SpecError."""
         if self.max_drop < 0:
             raise SpecError(f"--max-drop {self.max_drop:g} must not be negative")
-        for name in ("tune_seconds", "measure_seconds"):
+        for name in ("tune_seconds", "measure_seconds", "search_seconds"):
             if getattr(self, name) < 0:
                 raise SpecError(f"--{name.replace('_', '-')} {getattr(self, name):g} must not be negative")
         for name in ("threads", "calib_samples"):
@@ -88,6 +94,15 @@ class Settings:
             known = ", ".join(typing.get_args(Precision))
             raise SpecError(f"unknown precision {self.precision!r}", hint=f"known: {known}")
 
+        objective = self.objective
+        if self.preset == "auto" and self.passes is None:
+            objective = objective or "latency"
+        if objective is not None and objective not in typing.get_args(Objective):
+            known = ", ".join(typing.get_args(Objective))
+            raise SpecError(f"unknown objective {objective!r}", hint=f"known: {known}")
+        if objective is not None and self.calib in (None, "random"):
+            raise SpecError("a search for the best settings needs real data", hint="give --calib DATA")
+
         def absolute(path: str | None) -> str | None:
             return None if path is None else str(Path(path).absolute())
 
@@ -102,6 +117,7 @@ class Settings:
             eval=absolute(self.eval),
             preprocess=preprocess,
             passes=self.pipeline_text(),
+            objective=objective,
         )
 
     def to_toml(self) -> str:
@@ -139,6 +155,27 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise SpecError(f"recipe {path}: unknown option {key!r}", hint=f"did you mean {near!r}?" if near else None)
         options[name] = _checked(f"recipe {path}: {key}", value, hints[name])
     return options
+
+
+def read_pick(path: str | os.PathLike[str], number: int) -> dict[str, Any]:
+    """The options that make point `number` of a pareto.json. Raises SpecError: unreadable, or no such point."""
+    try:
+        front = json.loads(Path(path).read_text(encoding="utf-8"))
+        points = {int(point["number"]): str(point["pipeline"]) for point in front["points"]}
+        settings = dict(front["settings"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise SpecError(f"{path} is no pareto.json", hint="it lies in the artifact of `--preset auto`") from error
+    if number not in points:
+        raise SpecError(f"{path} has no point {number}", hint=f"there are {min(points)} to {max(points)}")
+    hints = typing.get_type_hints(Settings)
+    unknown = [name for name in settings if name not in hints]
+    if unknown:
+        raise SpecError(f"{path}: unknown option {unknown[0]!r}")
+    given = {k: v for k, v in settings.items() if v is not None}
+    checked = {k: _checked(f"{path}: {k}", v, hints[k]) for k, v in given.items()}
+    return {**checked, "passes": points[number]}
 
 
 def _toml(value: Any) -> str:

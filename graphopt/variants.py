@@ -129,6 +129,21 @@ def make_variants(
     return [exact, lossy.final(on_pass)]
 
 
+def make_lossy(
+    exact: Variant,
+    part: Pipeline,
+    name: str,
+    data: Data,
+    judge: Judge,
+    context: Context,
+    reference: Reference,
+    work: Path,
+) -> Variant:
+    """`exact` after the passes of `part`, saved and judged; nothing is returned to float if it is outside the bound."""
+    whole = Pipeline((*Pipeline.parse(exact.record.pipeline).passes, *part.passes))
+    return _LossyPart(exact, whole, part, data, judge, context, reference, work).plain(name)
+
+
 def _exact_variant(
     model: ir.Model, pipeline: Pipeline, records: Sequence[PassRecord], judge: Judge, work: Path
 ) -> Variant:
@@ -176,6 +191,13 @@ class _LossyPart:
 
         able = any(each.quantizes for each in self.part.passes)
         return Variant(model, self._file("final"), record, Fidelity.LOSSY, with_float if able else None)
+
+    def plain(self, name: str) -> Variant:
+        """After all passes."""
+        model, records = self.part.run(self.exact.model, self.context, self.reference, None, self.observations)
+        accuracy, drop = self._saved(model, name)
+        record = self._record(model, name, (), accuracy, drop, _last_errors(records))
+        return Variant(model, self._file(name), record, Fidelity.LOSSY)
 
     def _mixed(self, excluded: tuple[str, ...], floats: tuple[str, ...], name: str) -> Variant:
         model = self._without(excluded)

@@ -6,8 +6,12 @@ from graphopt.report.record import (
     Choice,
     DataRecord,
     LayerRecord,
+    OfferRecord,
     Report,
+    SearchRecord,
     SourceRecord,
+    TimedLayer,
+    TrialRecord,
     VariantRecord,
 )
 
@@ -17,7 +21,11 @@ __all__ = [
     "Choice",
     "DataRecord",
     "LayerRecord",
+    "OfferRecord",
     "Report",
+    "SearchRecord",
     "SourceRecord",
+    "TimedLayer",
+    "TrialRecord",
     "VariantRecord",
 ]

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from graphopt.report import html_tables as tables
+from graphopt.report.front import front_plot, pareto
 from graphopt.report.html_latency import latency_plot
 from graphopt.report.html_layers import layer_errors
 from graphopt.report.html_markup import Html, code, el, join, section
@@ -51,6 +52,7 @@ def _parts(outcome: Outcome) -> Html:
             verdict(outcome),
             warnings(outcome.report),
             _latency(outcome),
+            _front(outcome),
             _candidates(outcome),
             _size_and_accuracy(outcome),
             _operators(outcome),
@@ -74,6 +76,18 @@ def _latency(outcome: Outcome) -> Html | None:
         "themselves; the upright stroke is the median in its 95 % interval, the dashed one the input model's median."
     )
     return section("Latency", "latency", plot, note=note)
+
+
+def _front(outcome: Outcome) -> Html | None:
+    front = pareto(outcome.report)
+    if front is None or not front["points"]:
+        return None
+    note = (
+        "Every recipe that the search evaluated. Rings were not in the final race: their latency is the plain "
+        "pipeline's, times what the search predicted or found between the two. pareto.json holds the recipes; "
+        "graphopt optimize --config pareto.json --pick N makes one."
+    )
+    return section("Accuracy and cost", "front", front_plot(front), note=note)
 
 
 def _candidates(outcome: Outcome) -> Html | None:

@@ -114,6 +114,63 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class OfferRecord:
+    """One thing that a pass could do to one layer, taken alone: a row of the sensitivity table."""
+
+    pass_name: str
+    value: str
+    """Of the pass's option that takes offers."""
+    cost: float
+    """Of the whole model then, predicted, over that of the plain pipeline."""
+    noise_db: float
+    """Signal-to-noise of the outputs, the worst one's, in full precision on calibration samples."""
+    agreement: float | None
+    """Share of these samples with the same largest output, in percent; None where outputs are not classes."""
+
+
+@dataclass(frozen=True)
+class TimedLayer:
+    """A layer in the versions that were timed: a row of the latency table."""
+
+    layer: str
+    macs: float
+    seconds: float
+    """With nothing chosen: its kernel in a run of the whole model."""
+    points: tuple[tuple[str, float, float], ...]
+    """(pass, MACs, seconds) of the versions in which a pass had changed it."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A recipe that was made and evaluated."""
+
+    pipeline: str
+    cost: float
+    """Predicted: seconds of all kernels, or bytes of parameters."""
+    noise: float
+    """Predicted: error energy over output energy that the choices add in full precision."""
+    drop: float | None
+    accuracy: Mapping[str, Any] | None
+    within_bound: bool
+    measured: float | None = None
+    """Its kernels' seconds over the plain pipeline's, timed in turns; None where it was not compiled."""
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """What a search for the settings of all layers found."""
+
+    objective: str
+    plain_cost: float
+    """Of the plain pipeline: seconds of all its kernels, or bytes of its parameters."""
+    offers: tuple[OfferRecord, ...]
+    layers: tuple[TimedLayer, ...]
+    trials: tuple[TrialRecord, ...]
+    complete: bool
+    """False when time ran out before everything was tried."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which candidate the artifact carries, and why."""
 
@@ -138,6 +195,8 @@ class Report:
     candidates: list[CandidateRecord] = field(default_factory=list)
     layers: tuple[LayerRecord, ...] = ()
     """Layers with kernels of their own in the compiled candidates, in graph order."""
+    search: SearchRecord | None = None
+    """With the preset `auto`."""
     choice: Choice | None = None
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
