@@ -29,11 +29,11 @@ def choose(rankings: Sequence[Ranking], scope: Scope, ratio: float, block: int, 
 
     `block`: a family keeps a multiple of this many channels, or all of them. `room` and `work` are used up.
     """
-    chunks = [_chunks(ranking, block) for ranking in rankings]
+    chunks = [in_chunks(ranking, block) for ranking in rankings]
     return _cheapest(chunks, ratio, room, work) if scope == "global" else _evenly(rankings, chunks, ratio, room, work)
 
 
-def _chunks(ranking: Ranking, block: int) -> list[Chunk]:
+def in_chunks(ranking: Ranking, block: int) -> list[Chunk]:
     """Classes to be cut together, in order, with their cost: behind each, a multiple of `block` channels is left."""
     unit = block // math.gcd(block, ranking.family.width)
     count = len(ranking.roots)

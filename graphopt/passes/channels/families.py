@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from graphopt.passes.channels.dependency import ChannelGraph
@@ -34,16 +34,23 @@ class Room:
         """The values that the class has labels in, and how many."""
         return tuple(sorted(self._in.get(root, Counter()).items()))
 
-    def take(self, roots: Iterable[int]) -> bool:
+    def fits(self, roots: Iterable[int]) -> bool:
+        """Whether every value is left with enough channels when these classes are cut."""
+        return all(self._left[index] - lost >= self._least[index] for index, lost in self._loss(roots).items())
+
+    def take(self, roots: Sequence[int]) -> bool:
         """Cut these classes; False, cutting nothing, where a value would be left with too few channels."""
+        if not self.fits(roots):
+            return False
+        for index, lost in self._loss(roots).items():
+            self._left[index] -= lost
+        return True
+
+    def _loss(self, roots: Iterable[int]) -> Counter[int]:
         loss: Counter[int] = Counter()
         for root in roots:
             loss.update(self._in.get(root, Counter()))
-        if any(self._left[index] - lost < self._least[index] for index, lost in loss.items()):
-            return False
-        for index, lost in loss.items():
-            self._left[index] -= lost
-        return True
+        return loss
 
 
 def families(channels: ChannelGraph, room: Room) -> list[Family]:

@@ -18,7 +18,7 @@ Reference: He et al., "Channel Pruning for Accelerating Very Deep Neural Network
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from graphopt.passes.channels.order import steps
 from graphopt.passes.channels.plan import Plan
 from graphopt.passes.channels.work import weights_of
 from graphopt.passes.paired_inputs import PairedMoments, observe_pairs
+from graphopt.passes.quantization.moments import Moments
 from graphopt.passes.quantization.placement import Layer
 from graphopt.passes.second_order import DAMPING
 
@@ -55,16 +56,22 @@ class Change:
 
 
 def reconstruct(
-    plan: Plan, context: Context, portions: int = 1, exclude: Collection[str] = ()
+    plan: Plan,
+    context: Context,
+    portions: int = 1,
+    exclude: Collection[str] = (),
+    moments: Mapping[ir.Node, Moments] | None = None,
 ) -> tuple[int, list[Skip]]:
     """Change the weights and biases that read channels to be cut, or what is computed from them, before `plan` is
-    applied. Layers named in `exclude` are left alone. `context.data` must be there.
+    applied. Layers named in `exclude` are left alone. `context.data` must be there. `moments`: those of
+    `input_moments`, where they are at hand: with one portion, the data is then not looked at.
 
     Returns how many layers were solved again, and those that lose inputs and were not. Raises ModelError and DataError
     as `collect_statistics` does.
     """
     model = plan.channels.model
-    first, original = model.clone() if portions > 1 else model, _first_moments(plan, context)
+    first = model.clone() if portions > 1 else model
+    original = _unpaired(input_moments(plan.channels, context) if moments is None else moments)
     solved, skipped = 0, []
     for index, (leading, following) in enumerate(split(steps(plan, exclude), portions)):
         found = original
@@ -111,8 +118,7 @@ def solve(
     return new
 
 
-def _first_moments(plan: Plan, context: Context) -> dict[ir.Node, PairedMoments]:
-    found = input_moments(plan.channels, context)
+def _unpaired(found: Mapping[ir.Node, Moments]) -> dict[ir.Node, PairedMoments]:
     return {node: PairedMoments(m.mean, m.mean, m.covariance, None, m.rows) for node, m in found.items()}
 
 
