@@ -24,6 +24,7 @@ BUILTIN_PASSES = {
     "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
     "remove-dead-channels": "graphopt.passes.remove_dead_channels:RemoveDeadChannels",
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
+    "merge-blocks": "graphopt.passes.merge_blocks:MergeBlocks",
     "low-rank-split": "graphopt.passes.low_rank_split:LowRankSplit",
     "equalize-layers": "graphopt.passes.equalize_layers:EqualizeLayers",
     "smooth-activations": "graphopt.passes.smooth_activations:SmoothActivations",

@@ -33,6 +33,8 @@ class PairedMoments:
     covariance: np.ndarray | None
     crossed: np.ndarray | None
     rows: int
+    first_variance: np.ndarray | None = None
+    """(groups, taps) of x; None where both models are one."""
 
 
 def observe_pairs(
@@ -46,12 +48,9 @@ def observe_pairs(
     each = 1 if second is None else 2
     for part in in_parts(layers, lambda layer: each * covariance_elements(*group_taps(layer))):
         names = [str(layer.input.name) for layer in part]
-        sums = [_Sums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
+        sums = [_LayerSums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
         label = "observe layers' inputs"
-        before = watch(_up_to(first, names), names, context.data, label=label, progress=context.progress)
-        after = before if second is None else watch(_up_to(second, names), names, context.data, label=label)
-        for values in before:
-            others = values if after is before else next(after)
+        for values, others in watch_pairs(first, second, names, names, context, label):
             for name, total in zip(names, sums, strict=True):
                 total.add(values[name], others[name])
         for layer in part:
@@ -67,24 +66,62 @@ def group_taps(layer: Layer) -> tuple[int, int]:
     return attribute(layer.node, "group", 1), int(np.prod(weights.shape[1:], dtype=int))
 
 
-class _Sums:
+def watch_pairs(
+    first: ir.Model,
+    second: ir.Model | None,
+    first_names: Sequence[str],
+    second_names: Sequence[str],
+    context: Context,
+    label: str,
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Batch by batch, values of `first` and of `second` (None: of `first` again) on the calibration data.
+
+    Raises ModelError and DataError as `collect_statistics` does.
+    """
+    assert context.data is not None
+    if second is None:
+        names = list(dict.fromkeys((*first_names, *second_names)))
+        for values in watch(_up_to(first, names), names, context.data, label=label, progress=context.progress):
+            yield values, values
+        return
+    before = watch(_up_to(first, first_names), first_names, context.data, label=label, progress=context.progress)
+    after = watch(_up_to(second, second_names), second_names, context.data, label=label)
+    yield from zip(before, after, strict=True)
+
+
+class _LayerSums:
     def __init__(self, layer: Layer, seed: tuple[int, int], paired: bool):
         groups, taps = group_taps(layer)
         self.layer, self.paired = layer, paired
         self.first_rng, self.second_rng = np.random.default_rng(seed), np.random.default_rng(seed)
-        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        self.rows = 0
-        self.first, self.second = np.zeros((groups, taps)), np.zeros((groups, taps))
-        self.squares = self.crossed = None
-        if taps <= MAX_TAPS:
-            self.squares = np.zeros((groups, taps, taps))
-            self.crossed = np.zeros((groups, taps, taps)) if paired else None
+        self.sums = PairedSums(groups, taps if paired else None, taps)
 
     def add(self, first: np.ndarray, second: np.ndarray) -> None:
         """The layer's input in both models, for the same samples."""
-        other = patches(self.layer, second, self.second_rng).astype(np.float32)
-        own = patches(self.layer, first, self.first_rng).astype(np.float32) if self.paired else other
-        self.waiting.append((own, other))
+        other = patches(self.layer, second, self.second_rng)
+        self.sums.add(patches(self.layer, first, self.first_rng) if self.paired else other, other)
+
+    def moments(self) -> PairedMoments:
+        return self.sums.moments()
+
+
+class PairedSums:
+    """Sums over pairs of rows, x of `first_taps` and z of `taps`; first_taps None: x is z, and nothing is crossed."""
+
+    def __init__(self, groups: int, first_taps: int | None, taps: int):
+        self.paired = first_taps is not None
+        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self.rows = 0
+        self.first = np.zeros((groups, taps if first_taps is None else first_taps))
+        self.first_squares, self.second = np.zeros_like(self.first), np.zeros((groups, taps))
+        self.squares = self.crossed = None
+        if taps <= MAX_TAPS:
+            self.squares = np.zeros((groups, taps, taps))
+            self.crossed = np.zeros((groups, first_taps, taps)) if first_taps is not None else None
+
+    def add(self, first: np.ndarray, second: np.ndarray) -> None:
+        """(groups, rows, taps) of both, row for row."""
+        self.waiting.append((first.astype(np.float32), second.astype(np.float32)))
         if sum(rows.shape[1] for rows, _ in self.waiting) >= FLUSH_ROWS:
             self._flush()
 
@@ -94,21 +131,25 @@ class _Sums:
         self.rows += second.shape[1]
         self.first += first.sum(axis=1, dtype=np.float64)
         self.second += second.sum(axis=1, dtype=np.float64)
+        if self.paired:
+            self.first_squares += np.square(first, dtype=np.float64).sum(axis=1)
         if self.squares is not None:
             self.squares += second.transpose(0, 2, 1) @ second
         if self.crossed is not None:
             self.crossed += first.transpose(0, 2, 1) @ second
 
     def moments(self) -> PairedMoments:
+        """Of all rows so far."""
         if self.waiting:
             self._flush()
         first, second = self.first / self.rows, self.second / self.rows
         covariance = crossed = None
+        variance = np.maximum(self.first_squares / self.rows - first**2, 0.0) if self.paired else None
         if self.squares is not None:
             covariance = self.squares / self.rows - second[:, :, None] * second[:, None, :]
         if self.crossed is not None:
             crossed = self.crossed / self.rows - first[:, :, None] * second[:, None, :]
-        return PairedMoments(first, second, covariance, crossed, self.rows)
+        return PairedMoments(first, second, covariance, crossed, self.rows, variance)
 
 
 def _up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:

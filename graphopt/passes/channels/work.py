@@ -6,27 +6,17 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.errors import ModelError
-from graphopt.inspection import inspect
-from graphopt.model import fix_inputs, signature
 from graphopt.passes.channels.dependency import ChannelGraph, Site
-
-GUESSED_SIZE = 256
-"""Stands for dynamic dimensions behind the batch: only how layers compare matters."""
+from graphopt.passes.layer_macs import layer_macs
 
 
 class Work:
-    """MACs of every layer, for the channels that are left.
-
-    For dynamic dimensions a size is assumed: 1 for axis 0, else `GUESSED_SIZE`. A layer whose shape remains unknown
-    counts as many MACs as it has weights.
-    """
+    """MACs of every layer, for the channels that are left; for dynamic dimensions a size is assumed (`layer_macs`)."""
 
     def __init__(self, channels: ChannelGraph):
-        macs = _macs(channels.model)
+        macs = layer_macs(channels.model)
         self._nodes = sorted({s.node for s in (*channels.reads, *channels.writes)}, key=lambda n: g.label(n))
         index = {node: i for i, node in enumerate(self._nodes)}
         self._base = np.array([macs[node] for node in self._nodes], float)
@@ -67,28 +57,3 @@ def weights_of(site: Site) -> np.ndarray:
     array = g.constant_of(site.node.inputs[1])
     assert array is not None
     return array
-
-
-def _macs(model: ir.Model) -> dict[ir.Node, float]:
-    nodes = [node for node in model.graph if node.op_type != "Constant"]
-    shapes = {
-        spec.name: tuple(
-            d if isinstance(d, int) else 1 if axis == 0 else GUESSED_SIZE for axis, d in enumerate(spec.shape)
-        )
-        for spec in signature(model).inputs
-        if not spec.is_static
-    }
-    try:
-        counted = [layer.macs for layer in inspect(fix_inputs(model, shapes)).layers]
-    except ModelError:  # sizes that contradict the model
-        counted = [None] * len(nodes)
-    return {node: float(_size(node) if macs is None else macs) for node, macs in zip(nodes, counted, strict=True)}
-
-
-def _guess(shape: tuple[int | str | None, ...]) -> tuple[int, ...]:
-    return tuple(d if isinstance(d, int) else 1 if axis == 0 else GUESSED_SIZE for axis, d in enumerate(shape))
-
-
-def _size(node: ir.Node) -> int:
-    array = g.constant_of(g.input_of(node, 1))
-    return 0 if array is None else array.size

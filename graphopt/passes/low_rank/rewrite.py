@@ -8,6 +8,7 @@ import onnx_ir as ir
 from graphopt import graph as g
 from graphopt.passes.low_rank.choose import Split
 from graphopt.passes.low_rank.problem import Problem
+from graphopt.passes.taking_over import take_over
 
 SUFFIX = "_split"
 """New nodes are called NODE_split1, NODE_split2, ..."""
@@ -35,7 +36,7 @@ def replace(model: ir.Model, problem: Problem, split: Split, shift: np.ndarray |
             value.name = g.fresh_name(graph, f"{old.outputs[0].name}{SUFFIX}{index + 1}")
     if old.op_type == "MatMul" and shift is not None:
         value = _shifted(graph, problem, value, shift)
-    _take_over(graph, old, value)
+    take_over(graph, old, value)
 
 
 def _own_bias(problem: Problem, shift: np.ndarray | None) -> np.ndarray | None:
@@ -109,12 +110,3 @@ def _shifted(graph: ir.Graph, problem: Problem, value: ir.Value, shift: np.ndarr
     graph.insert_before(node, add)
     add.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     return add.outputs[0]
-
-
-def _take_over(graph: ir.Graph, old: ir.Node, value: ir.Value) -> None:
-    """`value` gets the readers, name and declared shape of the node's output, and the node goes."""
-    output = old.outputs[0]
-    name, value.shape, value.type = output.name, output.shape, output.type or value.type
-    g.replace_value(output, value)
-    output.name, value.name = None, name
-    graph.remove(old, safe=True)

@@ -146,20 +146,34 @@ def patches(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.nda
     dilations = tuple(attribute(node, "dilations", (1,) * rank))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     pads = _pads(node, array.shape[2:], reach, strides)
+    rows = window_rows(array, reach, pads, rng, strides, dilations)
+    return rows.reshape(len(rows), attribute(node, "group", 1), -1).transpose(1, 0, 2)
+
+
+def window_rows(
+    array: np.ndarray,
+    reach: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    rng: np.random.Generator,
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+) -> np.ndarray:
+    """(rows, channels * taps of the window): windows of `reach`, one every `dilations`, at places drawn from `rng`.
+
+    `array`: (N, C, *spatial). The same places are drawn from arrays and windows that have as many.
+    """
+    rank = len(reach)
     padded = np.pad(array, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else array
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
-    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
-    windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, tuple(reach), axis=tuple(range(2, 2 + rank)))
+    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides or (1,) * rank))]
+    windows = windows[(..., *(slice(None, None, d) for d in dilations or (1,) * rank))]
     places = windows.shape[2 : 2 + rank]
     count = min(POSITIONS, int(np.prod(places)))
     samples = np.repeat(np.arange(len(array)), count)
     drawn = [rng.choice(int(np.prod(places)), count, replace=False) for _ in range(len(array))]
     position = np.unravel_index(np.concatenate(drawn), places)
-    groups = attribute(node, "group", 1)
-    inputs = array.shape[1] // groups
     taken = windows[(samples[:, None], np.arange(array.shape[1])[None], *(p[:, None] for p in position))]
-    rows = taken.reshape(len(samples), groups, inputs * int(np.prod(kernel)))
-    return rows.transpose(1, 0, 2)
+    return taken.reshape(len(samples), -1)
 
 
 def _pads(node: ir.Node, shape, reach, strides) -> list[tuple[int, int]]:
