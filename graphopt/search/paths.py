@@ -34,12 +34,10 @@ def path(choices: Sequence[Choice], cost: Cost, finest: float = 0.01) -> list[St
     start = Step({}, cost({}), 0.0)
     steps, now = [start], start
     while (after := _best(choices, now, start.cost, cost)) is not None and after.noise <= MOST_NOISE:
-        if len(steps) > 1 and after.cost > steps[-2].cost * (1 - finest):
-            steps[-1] = after  # still too near to the last one kept
-        else:
+        if after.cost <= steps[-1].cost * (1 - finest):
             steps.append(after)
         now = after
-    return steps
+    return steps if now is steps[-1] else [*steps, now]
 
 
 def _best(choices: Sequence[Choice], now: Step, whole: float, cost: Cost) -> Step | None:
