@@ -48,8 +48,11 @@ Reference
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -60,15 +63,16 @@ from graphopt.calibration import Dataset
 from graphopt.errors import PassError
 from graphopt.graph import label, opset_of, remove_unused_initializers
 from graphopt.model import digest
-from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
+from graphopt.passes.base import Context, Fidelity, Offer, Pass, PassResult, Skip
 from graphopt.passes.excluded import require_nodes
-from graphopt.passes.low_rank.choose import Candidate, Goal, Split, affordable, at_rank, choose, fit
+from graphopt.passes.low_rank.choose import NOTHING_TO_KEEP, Candidate, Fitter, Goal, Split, affordable, choose
 from graphopt.passes.low_rank.decomposition import AUTOMATIC, DECOMPOSITIONS
-from graphopt.passes.low_rank.inputs import Inputs, has_covariance, observe_inputs
+from graphopt.passes.low_rank.explicit import Named, candidate_of, parse, text_of
+from graphopt.passes.low_rank.inputs import Inputs, has_covariance, mean_lost, observe_inputs
+from graphopt.passes.low_rank.menu import menu
 from graphopt.passes.low_rank.metric import Metric
 from graphopt.passes.low_rank.problem import Problem, problem_of
-from graphopt.passes.low_rank.rewrite import SUFFIX, replace
-from graphopt.passes.low_rank.stages import Rank
+from graphopt.passes.low_rank.rewrite import SUFFIX, copy_with_split, replace
 from graphopt.passes.quantization.placement import LAYERS, UNSUPPORTED_LAYERS, place
 from graphopt.shapes.inferred import inferred_shapes
 
@@ -82,6 +86,7 @@ class LowRankSplit(Pass):
     """Layers as products of smaller ones: fewer multiply-accumulates."""
 
     fidelity = Fidelity.LOSSY
+    takes = "ranks"
 
     method: Method = "auto"
     """The decomposition; auto: svd, spatial or tucker2, whichever has the least arithmetic (for `ratio`: error)."""
@@ -92,7 +97,9 @@ class LowRankSplit(Pass):
     ratio: float | None = None
     """Share of each split layer's multiply-accumulates to leave, instead of `energy`."""
     ranks: tuple[str, ...] = ()
-    """NODE:RANK, or NODE:INxOUT for tucker2, instead of `energy`; a group's. Other nodes are left alone."""
+    """NODE:METHOD:RANK, instead of `energy`: a group's rank, INxOUT for tucker2. Other nodes are left alone.
+
+    NODE:RANK takes `method`; for auto: tucker2 for INxOUT, spatial for a two-dimensional kernel, else svd."""
     block: int | None = None
     """Ranks are multiples of this many channels; none: the target's channel block."""
     min_saving: float = 1.25
@@ -113,26 +120,21 @@ class LowRankSplit(Pass):
             raise ValueError(f"min_saving must be positive, not {self.min_saving:g}")
         if self.portions < 1:
             raise ValueError(f"portions must be positive, not {self.portions}")
-        self._explicit_ranks()
+        parse(self.ranks)
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """Split. Raises PassError: `exclude` or `ranks` names no node, or there is no data to fit outputs on."""
-        self._check_names(model)
-        if self.fit == "outputs" and context.data is None:
-            raise PassError(f"{self.name}: fit=outputs needs calibration data", hint="give --calib DATA, or fit=auto")
-        placement = place(model.graph)
-        kinds = {label(node): node.op_type for node in model.graph}
-        reasons = {s.node: s.reason for s in placement.skipped if kinds[s.node] in LAYERS}
-        reasons |= {name: f"{kind} is not split" for name, kind in kinds.items() if kind in UNSUPPORTED_LAYERS}
-        goal = Goal(self.energy, self.ratio, self.block or context.capabilities.channel_block, self.min_saving)
-        shapes = inferred_shapes(model)
+        self._check(model, context)
+        problems, reasons = self._problems(model)
+        kinds = [label(node) for node in model.graph]
+        goal = self._goal(context)
         chances: dict[Problem, list[list[Candidate]]] = {}
-        for layer in placement.layers:
-            name = label(layer.node)
-            if self.ranks and name not in self._explicit_ranks():
+        named = parse(self.ranks)
+        for problem in problems:
+            name = label(problem.layer.node)
+            if named and name not in named:
                 continue
-            problem = problem_of(layer, shapes)
-            found = self._candidates(problem, goal, opset_of(model))
+            found = self._candidates(problem, named.get(name), goal, opset_of(model))
             if isinstance(found, str):
                 reasons[name] = found
             else:
@@ -140,12 +142,15 @@ class LowRankSplit(Pass):
         done: list[tuple[Problem, Split]] = []
         first = model.clone() if self._fits_outputs(context) and self.portions > 1 else model
         for portion in _portions(list(chances), self.portions):
+            # With all that could be named: it is then drawn from the data, and fitted, as it was for an offer.
+            observed = problems if named and self.portions == 1 else portion
             part = {problem: chances[problem] for problem in portion}
-            for problem, found in self._splits(first, model if done else first, part, goal, context).items():
-                if isinstance(found, str):
-                    reasons[label(problem.layer.node)] = found
+            found = self._splits(first, model if done else first, part, observed, goal, context)
+            for problem, outcome in found.items():
+                if isinstance(outcome, str):
+                    reasons[label(problem.layer.node)] = outcome
                     continue
-                split, shift = found
+                split, shift = outcome
                 replace(model, problem, split, shift)
                 done.append((problem, split))
         reasons |= {name: "excluded by name" for name in self.exclude if name in kinds}
@@ -154,57 +159,90 @@ class LowRankSplit(Pass):
         outputs = self._fits_outputs(context)
         return PassResult(model, len(done), skipped, _notes(done, outputs))
 
+    def offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
+        """For each layer that is not excluded up to 5 splits, at `min_saving` down to a quarter of the arithmetic.
+
+        Each is svd, spatial or tucker2 (or `method`), whichever loses least; `energy`, `ratio` and `ranks` say
+        nothing here. All layers are observed on the data in one go, and a layer is fitted when its offers are asked
+        for. `run` with one offer in `ranks` and portions=1 makes the same model. Raises PassError as `run` does.
+        """
+        self._check(model, context)
+        problems, _ = self._problems(model)
+        goal = dataclasses.replace(self._goal(context), ratio=None)
+        chances: dict[Problem, list[list[Candidate]]] = {}
+        for problem in problems:
+            found = self._candidates(problem, None, goal, opset_of(model))
+            if not isinstance(found, str) and label(problem.layer.node) not in self.exclude:
+                chances[problem] = found
+        if not chances:
+            return
+        for problem, inputs in self._inputs(model, None, problems, context):
+            if problem not in chances:
+                continue
+            name = label(problem.layer.node)
+            fitter = Fitter(problem, inputs.metrics if inputs else _plain(problem), context.seed)
+            for split in menu(fitter, chances[problem], goal):
+                shift = None if inputs is None else mean_lost(problem, split, inputs)
+                value = f"{name}:{split.method}:{text_of(split.rank)}"
+                yield Offer(name, value, (name,), partial(copy_with_split, model, problem, split, shift))
+
+    def _problems(self, model: ir.Model) -> tuple[list[Problem], dict[str, str]]:
+        """The layers, in graph order, and why others are none, by node."""
+        placement = place(model.graph)
+        kinds = {label(node): node.op_type for node in model.graph}
+        reasons = {s.node: s.reason for s in placement.skipped if kinds[s.node] in LAYERS}
+        reasons |= {name: f"{kind} is not split" for name, kind in kinds.items() if kind in UNSUPPORTED_LAYERS}
+        shapes = inferred_shapes(model)
+        return [problem_of(layer, shapes) for layer in placement.layers], reasons
+
+    def _goal(self, context: Context) -> Goal:
+        return Goal(self.energy, self.ratio, self.block or context.capabilities.channel_block, self.min_saving)
+
     def _fits_outputs(self, context: Context) -> bool:
         return self.fit != "weights" and context.data is not None
 
-    def _candidates(self, problem: Problem, goal: Goal, opset: int) -> list[list[Candidate]] | str:
+    def _inputs(
+        self, first: ir.Model, second: ir.Model | None, problems: list[Problem], context: Context
+    ) -> Iterator[tuple[Problem, Inputs | None]]:
+        """What each layer is fitted on; None: its weights alone."""
+        if self._fits_outputs(context):
+            yield from observe_inputs(first, second, problems, context)
+        else:
+            yield from ((problem, None) for problem in problems)
+
+    def _candidates(self, problem: Problem, named: Named | None, goal: Goal, opset: int) -> list[list[Candidate]] | str:
         """By decomposition, those worth fitting; or why there are none."""
         if problem.layer.node.op_type == "Gemm" and opset < 7:
             return f"a Gemm of opset {opset} may broadcast its bias in ways of its own"
-        given = self._explicit_ranks().get(label(problem.layer.node))
-        if given is not None:
-            return self._at(problem, given, goal)
+        if named is not None:
+            candidate = candidate_of(problem, named, self.method, goal)
+            return candidate if isinstance(candidate, str) else [[candidate]]
         methods = AUTOMATIC if self.method == "auto" else (self.method,)
         found = {name: affordable(problem, DECOMPOSITIONS[name], goal) for name in methods}
         usable = [each for each in found.values() if not isinstance(each, str)]
         # `auto` always has svd, which no layer is refused for its form: its reason says most.
         return usable or str(found[methods[0]])
 
-    def _at(self, problem: Problem, rank: Rank, goal: Goal) -> list[list[Candidate]] | str:
-        pointwise = np.prod(problem.shape.kernel, dtype=int) == 1
-        automatic = "tucker2" if len(rank) == 2 else "svd" if pointwise or len(problem.shape.kernel) != 2 else "spatial"
-        decomposition = DECOMPOSITIONS[automatic if self.method == "auto" else self.method]
-        refusal = decomposition.refuses(problem.shape)
-        if refusal is not None:
-            return refusal
-        full = decomposition.full(problem.shape)
-        if len(rank) != len(full):
-            return f"{decomposition.NAME} has {len(full)} rank{'s' if len(full) > 1 else ''}, {len(rank)} given"
-        candidate = at_rank(problem, decomposition, tuple(min(a, b) for a, b in zip(rank, full, strict=True)))
-        if candidate.macs * goal.min_saving > problem.macs:
-            saving = problem.macs / candidate.macs
-            return f"rank {_text(rank)} makes it {saving:.2f} times less arithmetic, {goal.min_saving:g} is asked for"
-        return [[candidate]]
-
     def _splits(
         self,
         first: ir.Model,
         model: ir.Model,
         chances: dict[Problem, list[list[Candidate]]],
+        observed: list[Problem],
         goal: Goal,
         context: Context,
     ) -> dict[Problem, Found]:
         """What becomes of each layer, with earlier ones split in `model` and not in `first`.
 
-        Nothing is fitted twice, and what is excluded changes nothing for the layers before it.
+        `observed`: those of `chances`, and more that are to be looked at along with them. Nothing is fitted twice, and
+        what is excluded changes nothing for the layers before it.
         """
         wanted = [problem for problem in chances if label(problem.layer.node) not in self.exclude]
         if not self._fits_outputs(context):
             found: dict[Problem, Found] = {}
             with context.progress.task("split weights", len(wanted)) as advance:
                 for problem in wanted:
-                    plain = [Metric()] * problem.groups
-                    split = self._split(problem, chances[problem], plain, goal, context.seed)
+                    split = self._split(problem, chances[problem], _plain(problem), goal, context.seed)
                     found[problem] = split if isinstance(split, str) else (split, None)
                     advance(1)
             return found
@@ -216,54 +254,41 @@ class LowRankSplit(Pass):
             return {problem: known[keys[problem]] for problem in wanted}
         # All layers are observed whatever is excluded: which positions are drawn depends on which layers are.
         second = None if model is first else model
-        for problem, inputs in observe_inputs(first, second, list(chances), context):
+        for problem, inputs in observe_inputs(first, second, observed, context):
             if problem in wanted and keys[problem] not in known:
                 target = problem.seeing(inputs)
                 split = self._split(target, chances[problem], inputs.metrics, goal, context.seed)
-                done = split if isinstance(split, str) else (split, _shift(problem, split, inputs))
+                done = split if isinstance(split, str) else (split, mean_lost(problem, split, inputs))
                 known[keys[problem]] = done
         return {problem: known[keys[problem]] for problem in wanted}
 
     def _split(
         self, problem: Problem, candidates: list[list[Candidate]], metrics: list[Metric], goal: Goal, seed: int
     ) -> Split | str:
-        if self.ranks:
-            return fit(problem, candidates[0][0], metrics, seed)
-        return choose(problem, candidates, metrics, goal, seed)
+        fitter = Fitter(problem, metrics, seed)
+        if not self.ranks:
+            return choose(fitter, candidates, goal)
+        return fitter.fit(candidates[0][0]) if fitter.energy > 0 else NOTHING_TO_KEEP
 
-    def _explicit_ranks(self) -> dict[str, Rank]:
-        found: dict[str, Rank] = {}
-        for text in self.ranks:
-            node, _, rank = text.rpartition(":")
-            numbers = rank.split("x")
-            if not node or len(numbers) > 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
-                raise ValueError(f"ranks: {text!r} is not NODE:RANK or NODE:INxOUT")
-            found[node] = tuple(int(number) for number in numbers)
-        return found
-
-    def _check_names(self, model: ir.Model) -> None:
+    def _check(self, model: ir.Model, context: Context) -> None:
         names = [label(node) for node in model.graph]
         # A later pass may be told to leave a layer alone that this one makes: such a name is none of ours.
         made = {name for name in self.exclude if SUFFIX in name and name.rpartition(SUFFIX)[0] in names}
-        for option, given in (("exclude", self.exclude), ("ranks", tuple(self._explicit_ranks()))):
+        for option, given in (("exclude", self.exclude), ("ranks", tuple(parse(self.ranks)))):
             require_nodes(model, [name for name in given if name not in made], self.name, option)
+        if self.fit == "outputs" and context.data is None:
+            raise PassError(f"{self.name}: fit=outputs needs calibration data", hint="give --calib DATA, or fit=auto")
+
+
+def _plain(problem: Problem) -> list[Metric]:
+    """Metrics for a fit to the weights."""
+    return [Metric()] * problem.groups
 
 
 def _portions(problems: list[Problem], count: int) -> list[list[Problem]]:
     """Runs of neighbours, in graph order."""
     bounds = np.linspace(0, len(problems), min(count, len(problems)) + 1).astype(int)
     return [problems[a:b] for a, b in pairwise(bounds)]
-
-
-def _shift(problem: Problem, split: Split, inputs: Inputs) -> np.ndarray:
-    """What the outputs would lose of their mean, (channels,)."""
-    size = (problem.groups, problem.shape.outputs, -1)
-    whole = np.einsum("got,gt->go", problem.weights.reshape(size), inputs.first_means)
-    return (whole - np.einsum("got,gt->go", split.product().reshape(size), inputs.means)).reshape(-1)
-
-
-def _text(rank: Rank) -> str:
-    return "x".join(map(str, rank))
 
 
 def _notes(done: list[tuple[Problem, Split]], outputs: bool) -> tuple[str, ...]:

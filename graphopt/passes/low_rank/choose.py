@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
 
-from graphopt.passes.low_rank.decomposition import Decomposition
+from graphopt.passes.low_rank.decomposition import Decomposition, Solver
 from graphopt.passes.low_rank.metric import Metric
 from graphopt.passes.low_rank.problem import Problem
 from graphopt.passes.low_rank.stages import Rank, Stage, balance, compose, macs
 
 MOST_CANDIDATES = 64
 """Of one rank: finer steps would differ by less than two per cent of the full rank."""
+NOTHING_TO_KEEP = "its weights are zero, or its inputs never vary"
 
 
 @dataclass(frozen=True)
@@ -83,83 +85,81 @@ def at_rank(problem: Problem, decomposition: Decomposition, rank: Rank) -> Candi
     return Candidate(decomposition, rank, macs(decomposition.stages(shape, rank), shape.kernel, problem.resolution))
 
 
-def choose(
-    problem: Problem, candidates: Sequence[Sequence[Candidate]], metrics: Sequence[Metric], goal: Goal, seed: int
-) -> Split | str:
+class Fitter:
+    """A layer in the metrics of its inputs, one a group, with all that its candidates have in common."""
+
+    def __init__(self, problem: Problem, metrics: Sequence[Metric], seed: int):
+        self.problem, self.metrics, self.seed = problem, metrics, seed
+        self._solvers: dict[tuple[str, bool], list[Solver]] = {}
+
+    @cached_property
+    def energy(self) -> float:
+        """What the layer's outputs have, all groups together."""
+        return self._energy(self.problem.weights)
+
+    def error(self, candidate: Candidate) -> float:
+        """The energy it loses, as far as that can be told without the whole fit."""
+        return sum(solver.error(candidate.rank) for solver in self._solved(candidate.decomposition, False))
+
+    def fit(self, candidate: Candidate) -> Split:
+        """The candidate's weights, for least error."""
+        shape, rank = self.problem.shape, candidate.rank
+        exact = all(own >= full for own, full in zip(rank, candidate.decomposition.full(shape), strict=True))
+        stages = candidate.decomposition.stages(shape, rank)
+        groups = [balance(stages, solver.fit(rank)) for solver in self._solved(candidate.decomposition, exact)]
+        weights = tuple(np.stack(each) for each in zip(*groups, strict=True))
+        cost = candidate.macs / self.problem.macs
+        split = Split(candidate.decomposition.NAME, rank, stages, weights, 0.0, cost)
+        return replace(split, lost=self._energy(self.problem.weights - split.product()) / self.energy)
+
+    def _energy(self, weights: np.ndarray) -> float:
+        rows = weights.reshape(self.problem.groups, self.problem.shape.outputs, -1)
+        return sum(metric.energy(each) for each, metric in zip(rows, self.metrics, strict=True))
+
+    def _solved(self, decomposition: Decomposition, exact: bool) -> list[Solver]:
+        """Nothing is lost at full rank: then the metric could only add rounding."""
+        key = decomposition.NAME, exact
+        if key not in self._solvers:
+            pairs = zip(self.problem.weights, self.metrics, strict=True)
+            self._solvers[key] = [decomposition.Solver(w, Metric() if exact else m, self.seed) for w, m in pairs]
+        return self._solvers[key]
+
+
+def choose(fitter: Fitter, candidates: Sequence[Sequence[Candidate]], goal: Goal) -> Split | str:
     """The best of the candidates of one or more decompositions, fitted; or why none will do.
 
     For a ratio: of each decomposition the rank with the least error, then the decomposition with the least. For an
     energy: the candidate with the least arithmetic that keeps it.
     """
-    total = energy(problem, metrics)
-    if not total > 0:
-        return "its weights are zero, or its inputs never vary"
+    if not fitter.energy > 0:
+        return NOTHING_TO_KEEP
     if goal.ratio is not None:
-        fitted = [fit(problem, _most_exact(problem, each, metrics, seed), metrics, seed) for each in candidates]
+        fitted = [fitter.fit(most_exact(fitter, each)) for each in candidates]
         return min(fitted, key=lambda split: (split.lost, split.cost))
-    allowed = (1.0 - goal.energy) * total
-    enough = [found for each in candidates if (found := _cheapest(problem, each, metrics, allowed, seed)) is not None]
+    allowed = (1.0 - goal.energy) * fitter.energy
+    enough = [found for each in candidates if (found := _cheapest(fitter, each, allowed)) is not None]
     if not enough:
         return f"no rank that saves enough arithmetic keeps {goal.energy:g} of its energy"
-    return fit(problem, min(enough, key=lambda each: each.macs), metrics, seed)
+    return fitter.fit(min(enough, key=lambda each: each.macs))
 
 
-def fit(problem: Problem, candidate: Candidate, metrics: Sequence[Metric], seed: int) -> Split:
-    """The candidate's weights, for least error in these metrics, one a group."""
-    shape, rank = problem.shape, candidate.rank
-    exact = all(own >= full for own, full in zip(rank, candidate.decomposition.full(shape), strict=True))
-    stages = candidate.decomposition.stages(shape, rank)
-    groups = []
-    for weights, metric in zip(problem.weights, metrics, strict=True):
-        # Nothing is lost at full rank: then the metric could only add rounding.
-        factors = candidate.decomposition.fit(weights, Metric() if exact else metric, rank, seed)
-        groups.append(balance(stages, factors))
-    split = Split(
-        candidate.decomposition.NAME,
-        rank,
-        stages,
-        tuple(np.stack(each) for each in zip(*groups, strict=True)),
-        0.0,
-        candidate.macs / problem.macs,
-    )
-    left = (problem.weights - split.product()).reshape(problem.groups, shape.outputs, -1)
-    lost = sum(metric.energy(rows) for rows, metric in zip(left, metrics, strict=True))
-    return Split(split.method, rank, stages, split.weights, lost / energy(problem, metrics), split.cost)
-
-
-def energy(problem: Problem, metrics: Sequence[Metric]) -> float:
-    """What the layer's outputs have, all groups together."""
-    rows = problem.weights.reshape(problem.groups, problem.shape.outputs, -1)
-    return sum(metric.energy(each) for each, metric in zip(rows, metrics, strict=True))
-
-
-def _errors(
-    problem: Problem, decomposition: Decomposition, metrics: Sequence[Metric], seed: int
-) -> Callable[[Rank], float]:
-    each = [decomposition.errors(w, metric, seed) for w, metric in zip(problem.weights, metrics, strict=True)]
-    return lambda rank: sum(error(rank) for error in each)
-
-
-def _most_exact(problem: Problem, candidates: Sequence[Candidate], metrics: Sequence[Metric], seed: int) -> Candidate:
+def most_exact(fitter: Fitter, candidates: Sequence[Candidate]) -> Candidate:
+    """Of the candidates of one decomposition, cheapest first, the one that loses least."""
     if len(candidates[0].rank) == 1:
         return candidates[-1]  # more terms, less error
-    error = _errors(problem, candidates[0].decomposition, metrics, seed)
-    return min(candidates, key=lambda each: (error(each.rank), each.macs))
+    return min(candidates, key=lambda each: (fitter.error(each), each.macs))
 
 
-def _cheapest(
-    problem: Problem, candidates: Sequence[Candidate], metrics: Sequence[Metric], allowed: float, seed: int
-) -> Candidate | None:
+def _cheapest(fitter: Fitter, candidates: Sequence[Candidate], allowed: float) -> Candidate | None:
     """The first candidate that loses no more than is allowed."""
-    error = _errors(problem, candidates[0].decomposition, metrics, seed)
     if len(candidates[0].rank) > 1:
-        return next((each for each in candidates if error(each.rank) <= allowed), None)
-    if error(candidates[-1].rank) > allowed:
+        return next((each for each in candidates if fitter.error(each) <= allowed), None)
+    if fitter.error(candidates[-1]) > allowed:
         return None
     low, high = 0, len(candidates) - 1  # the error falls with the rank
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if error(candidates[middle].rank) <= allowed else (middle + 1, high)
+        low, high = (low, middle) if fitter.error(candidates[middle]) <= allowed else (middle + 1, high)
     return candidates[high]
 
 

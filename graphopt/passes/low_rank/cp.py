@@ -11,8 +11,6 @@ terms that diverge).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from graphopt.passes.low_rank.metric import Metric, descend
@@ -50,29 +48,30 @@ def stages(shape: Shape, rank: Rank) -> tuple[Stage, ...]:
     return (Stage(rank[0], shape.inputs), *lines, Stage(shape.outputs, rank[0]))
 
 
-def errors(weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
-    """About the energy that a rank loses: of a fit with fewer sweeps."""
+class Solver:
+    """Fits one layer's `weights` (outputs, inputs, *kernel), at any rank."""
 
-    def error(rank: Rank) -> float:
-        factors = _alternate(_without_flat_axes(weights), metric, rank[0], seed, FEW_SWEEPS)
-        return metric.energy(weights.reshape(len(weights), -1) - factors[0] @ _design(factors[1:]))
+    def __init__(self, weights: np.ndarray, metric: Metric, seed: int):
+        self.shape = Shape(weights.shape[0], weights.shape[1], weights.shape[2:])
+        self.weights, self.metric, self.seed = _without_flat_axes(weights), metric, seed
 
-    return error
+    def error(self, rank: Rank) -> float:
+        """About the energy that a rank loses: of a fit with fewer sweeps."""
+        factors = _alternate(self.weights, self.metric, rank[0], self.seed, FEW_SWEEPS)
+        rows = self.weights.reshape(len(self.weights), -1)
+        return self.metric.energy(rows - factors[0] @ _design(factors[1:]))
 
-
-def fit(weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
-    """The weights of the stages."""
-    shape = Shape(weights.shape[0], weights.shape[1], weights.shape[2:])
-    weights = _without_flat_axes(weights)
-    if rank[0] >= full(shape)[0]:
-        mixing, *factors = _exact(weights)
-        extra = rank[0] - mixing.shape[1]
-        mixing = np.pad(mixing, ((0, 0), (0, extra)))
-        factors = [np.pad(factor, ((0, extra), (0, 0))) for factor in factors]
-    else:
-        mixing, *factors = _alternate(weights, metric, rank[0], seed, SWEEPS)
-    found = (*factors, mixing)
-    return tuple(own.reshape(stage.shape(shape.kernel)) for own, stage in zip(found, stages(shape, rank), strict=True))
+    def fit(self, rank: Rank) -> tuple[np.ndarray, ...]:
+        """The weights of the stages."""
+        if rank[0] >= full(self.shape)[0]:
+            mixing, *factors = _exact(self.weights)
+            extra = rank[0] - mixing.shape[1]
+            mixing = np.pad(mixing, ((0, 0), (0, extra)))
+            factors = [np.pad(factor, ((0, extra), (0, 0))) for factor in factors]
+        else:
+            mixing, *factors = _alternate(self.weights, self.metric, rank[0], self.seed, SWEEPS)
+        found, wanted = (*factors, mixing), stages(self.shape, rank)
+        return tuple(own.reshape(stage.shape(self.shape.kernel)) for own, stage in zip(found, wanted, strict=True))
 
 
 def _without_flat_axes(weights: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,11 +11,20 @@ from graphopt.passes.low_rank.metric import Metric
 from graphopt.passes.low_rank.stages import Rank, Shape, Stage
 
 
-class Decomposition(Protocol):
-    """One way to write a layer as several; each of the modules beside this one is one.
+class Solver(Protocol):
+    """One group of a layer in one metric. What its ranks have in common is computed once, when it is first wanted."""
 
-    `weights` are those of one group, (outputs, inputs, *kernel) float64; `seed` starts what has no other start.
-    """
+    def error(self, rank: Rank) -> float:
+        """The energy lost, as far as that can be told without the whole fit."""
+        ...
+
+    def fit(self, rank: Rank) -> tuple[np.ndarray, ...]:
+        """The stages' weights."""
+        ...
+
+
+class Decomposition(Protocol):
+    """One way to write a layer as several; each of the modules beside this one is one."""
 
     @property
     def NAME(self) -> str: ...
@@ -33,12 +41,8 @@ class Decomposition(Protocol):
         """The layers."""
         ...
 
-    def errors(self, weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
-        """The energy lost for any rank, as far as that can be told without the whole fit."""
-        ...
-
-    def fit(self, weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
-        """The stages' weights."""
+    def Solver(self, weights: np.ndarray, metric: Metric, seed: int) -> Solver:
+        """`weights` of one group, (outputs, inputs, *kernel) float64; `seed` starts what has no other start."""
         ...
 
 

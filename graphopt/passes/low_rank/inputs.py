@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.passes.base import Context
+from graphopt.passes.low_rank.choose import Split
 from graphopt.passes.low_rank.metric import Metric
 from graphopt.passes.low_rank.problem import Problem
 from graphopt.passes.paired_inputs import PairedMoments, observe_pairs
@@ -56,3 +57,10 @@ def _inputs(moments: PairedMoments) -> Inputs:
         return Inputs(metrics, moments.mean, moments.first_mean, None)
     regression = [metric.regress(c - k) for metric, c, k in zip(metrics, crossed, covariance, strict=True)]
     return Inputs(metrics, moments.mean, moments.first_mean, np.stack(regression))
+
+
+def mean_lost(problem: Problem, split: Split, inputs: Inputs) -> np.ndarray:
+    """What the outputs would lose of their mean, (channels,)."""
+    size = (problem.groups, problem.shape.outputs, -1)
+    whole = np.einsum("got,gt->go", problem.weights.reshape(size), inputs.first_means)
+    return (whole - np.einsum("got,gt->go", split.product().reshape(size), inputs.means)).reshape(-1)

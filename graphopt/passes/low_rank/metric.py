@@ -74,10 +74,10 @@ def shrinkage(covariance: np.ndarray, rows: int) -> float:
     return min(1.0, max(DAMPING, share))
 
 
-def invert(matrix: np.ndarray) -> np.ndarray:
-    """The inverse of a symmetric positive matrix, with a ridge that keeps it finite."""
-    level = float(np.trace(matrix)) / len(matrix)
-    return np.linalg.inv(matrix + (RIDGE * level or 1.0) * np.eye(len(matrix)))
+def regress(seen: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """seen gram^-1 (M, n), for a symmetric positive `gram` (n, n), with a ridge that keeps it finite."""
+    level = float(np.trace(gram)) / len(gram)
+    return np.linalg.solve(gram + (RIDGE * level or 1.0) * np.eye(len(gram)), seen.T).T
 
 
 def roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

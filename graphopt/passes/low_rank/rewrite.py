@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
+from graphopt.passes.copied_layer import copy_with, layer_in
 from graphopt.passes.low_rank.choose import Split
 from graphopt.passes.low_rank.problem import Problem
 from graphopt.passes.taking_over import take_over
@@ -37,6 +40,14 @@ def replace(model: ir.Model, problem: Problem, split: Split, shift: np.ndarray |
     if old.op_type == "MatMul" and shift is not None:
         value = _shifted(graph, problem, value, shift)
     take_over(graph, old, value)
+
+
+def copy_with_split(model: ir.Model, problem: Problem, split: Split, shift: np.ndarray | None) -> ir.Model:
+    """A copy of `model` with this layer alone replaced."""
+    copy, counterpart = copy_with(model)
+    replace(copy, dataclasses.replace(problem, layer=layer_in(counterpart, problem.layer)), split, shift)
+    g.remove_unused_initializers(copy.graph)
+    return copy
 
 
 def _own_bias(problem: Problem, shift: np.ndarray | None) -> np.ndarray | None:

@@ -8,12 +8,10 @@ Reference: Jaderberg et al., "Speeding up Convolutional Neural Networks with Low
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from graphopt.passes.low_rank.metric import Metric
-from graphopt.passes.low_rank.shared_basis import fit_basis, start_errors
+from graphopt.passes.low_rank.shared_basis import SharedBasis
 from graphopt.passes.low_rank.stages import Rank, Shape, Stage
 
 NAME = "spatial"
@@ -36,20 +34,20 @@ def stages(shape: Shape, rank: Rank) -> tuple[Stage, ...]:
     return (Stage(rank[0], shape.inputs, (0,)), Stage(shape.outputs, rank[0], (1,)))
 
 
-def errors(weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
-    """At least the energy that a rank loses."""
-    start = start_errors(_split(weights), metric)
-    return lambda rank: start(rank[0], len(weights))
+class Solver:
+    """Fits one layer's `weights` (outputs, inputs, height, width), at any rank."""
 
+    def __init__(self, weights: np.ndarray, metric: Metric, seed: int):
+        outputs, inputs, height, width = self.shape = weights.shape
+        self.shared = SharedBasis(weights.reshape(outputs, inputs * height, width), metric)
 
-def fit(weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
-    """The weights of the stages."""
-    outputs, inputs, height, width = weights.shape
-    basis, core, mixing = fit_basis(_split(weights), metric, rank[0], outputs)
-    vertical = basis.reshape(rank[0], inputs, height, 1)
-    return vertical, np.tensordot(mixing, core, 1).reshape(outputs, rank[0], 1, width)
+    def error(self, rank: Rank) -> float:
+        """At least the energy that a rank loses."""
+        return self.shared.start_error(rank[0], self.shape[0])
 
-
-def _split(weights: np.ndarray) -> np.ndarray:
-    outputs, inputs, height, width = weights.shape
-    return weights.reshape(outputs, inputs * height, width)
+    def fit(self, rank: Rank) -> tuple[np.ndarray, ...]:
+        """The weights of the stages."""
+        outputs, inputs, height, width = self.shape
+        basis, core, mixing = self.shared.fit(rank[0], outputs)
+        vertical = basis.reshape(rank[0], inputs, height, 1)
+        return vertical, np.tensordot(mixing, core, 1).reshape(outputs, rank[0], 1, width)

@@ -9,7 +9,7 @@ for Classification and Detection", TPAMI 2016, section 3.1 (principal components
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
@@ -35,19 +35,26 @@ def stages(shape: Shape, rank: Rank) -> tuple[Stage, ...]:
     return (Stage(rank[0], shape.inputs, axes), Stage(shape.outputs, rank[0]))
 
 
-def errors(weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
-    """The energy that a rank loses, exactly; `weights` (outputs, inputs, *kernel)."""
-    values, _ = components(weights.reshape(len(weights), -1), metric)
-    return lambda rank: float(values[rank[0] :].sum())
+class Solver:
+    """Fits one layer's `weights` (outputs, inputs, *kernel), at any rank."""
 
+    def __init__(self, weights: np.ndarray, metric: Metric, seed: int):
+        self.weights, self.metric = weights, metric
+        self.rows = weights.reshape(len(weights), -1)
 
-def fit(weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
-    """The weights of the stages."""
-    rows = weights.reshape(len(weights), -1)
-    _, vectors = components(rows, metric)
-    kept = vectors[:, : rank[0]]
-    first = (kept.T @ rows).reshape(rank[0], *weights.shape[1:])
-    return first, kept.reshape(*kept.shape, *(1,) * (weights.ndim - 2))
+    @cached_property
+    def _components(self) -> tuple[np.ndarray, np.ndarray]:
+        return components(self.rows, self.metric)
+
+    def error(self, rank: Rank) -> float:
+        """The energy that a rank loses, exactly."""
+        return float(self._components[0][rank[0] :].sum())
+
+    def fit(self, rank: Rank) -> tuple[np.ndarray, ...]:
+        """The weights of the stages."""
+        kept = self._components[1][:, : rank[0]]
+        first = (kept.T @ self.rows).reshape(rank[0], *self.weights.shape[1:])
+        return first, kept.reshape(*kept.shape, *(1,) * (self.weights.ndim - 2))
 
 
 def components(rows: np.ndarray, metric: Metric) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,10 @@ ICLR 2016.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from graphopt.passes.low_rank.metric import Metric
-from graphopt.passes.low_rank.shared_basis import fit_basis, start_errors
+from graphopt.passes.low_rank.shared_basis import SharedBasis
 from graphopt.passes.low_rank.stages import Rank, Shape, Stage
 
 NAME = "tucker2"
@@ -39,20 +37,18 @@ def stages(shape: Shape, rank: Rank) -> tuple[Stage, ...]:
     return (Stage(rank[0], shape.inputs), Stage(rank[1], rank[0], axes), Stage(shape.outputs, rank[1]))
 
 
-def errors(weights: np.ndarray, metric: Metric, seed: int) -> Callable[[Rank], float]:
-    """At least the energy that ranks lose."""
-    start = start_errors(_split(weights), metric)
-    return lambda rank: start(rank[0], rank[1])
+class Solver:
+    """Fits one layer's `weights` (outputs, inputs, *kernel), at any ranks."""
 
+    def __init__(self, weights: np.ndarray, metric: Metric, seed: int):
+        self.shape = Shape(weights.shape[0], weights.shape[1], weights.shape[2:])
+        self.shared = SharedBasis(weights.reshape(*weights.shape[:2], -1), metric)
 
-def fit(weights: np.ndarray, metric: Metric, rank: Rank, seed: int) -> tuple[np.ndarray, ...]:
-    """The weights of the stages."""
-    kernel = weights.shape[2:]
-    basis, core, mixing = fit_basis(_split(weights), metric, *rank)
-    found = (basis, core, mixing)
-    shape = Shape(weights.shape[0], weights.shape[1], kernel)
-    return tuple(own.reshape(stage.shape(kernel)) for own, stage in zip(found, stages(shape, rank), strict=True))
+    def error(self, rank: Rank) -> float:
+        """At least the energy that ranks lose."""
+        return self.shared.start_error(rank[0], rank[1])
 
-
-def _split(weights: np.ndarray) -> np.ndarray:
-    return weights.reshape(weights.shape[0], weights.shape[1], -1)
+    def fit(self, rank: Rank) -> tuple[np.ndarray, ...]:
+        """The weights of the stages."""
+        found, wanted = self.shared.fit(rank[0], rank[1]), stages(self.shape, rank)
+        return tuple(own.reshape(stage.shape(self.shape.kernel)) for own, stage in zip(found, wanted, strict=True))
