@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graphopt.calibration.observe import watch
+from graphopt.calibration.observe import up_to, watch
+from graphopt.calibration.resumed import ResumedRuns
 from graphopt.graph import attribute, constant_of
 from graphopt.passes.base import Context
 from graphopt.passes.quantization.moments import MAX_TAPS, covariance_elements, in_parts, patches
 from graphopt.passes.quantization.placement import Layer
+from graphopt.progress import SILENT, Progress
 
 FLUSH_ROWS = 1024
 """Rows gathered before they are multiplied into the covariances."""
@@ -36,26 +37,40 @@ class PairedMoments:
 
 
 def observe_pairs(
-    first: ir.Model, second: ir.Model | None, layers: Sequence[Layer], context: Context
+    first: ir.Model,
+    second: ir.Model | None,
+    layers: Sequence[Layer],
+    context: Context,
+    runs: tuple[ResumedRuns, ResumedRuns] | None = None,
 ) -> Iterator[tuple[Layer, PairedMoments]]:
     """Each layer's inputs in `first`, the model as it was, and `second`, as it is by now (None: the same).
 
-    The inputs have one name in both. Raises ModelError and DataError as `collect_statistics` does.
+    The inputs have one name in both. `runs`: of the two models, whose layers change from call to call only behind those
+    observed so far. Raises ModelError and DataError as `collect_statistics` does.
     """
     assert context.data is not None
     each = 1 if second is None else 2
     for part in in_parts(layers, lambda layer: each * covariance_elements(*group_taps(layer))):
         names = [str(layer.input.name) for layer in part]
         sums = [_Sums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
-        label = "observe layers' inputs"
-        before = watch(_up_to(first, names), names, context.data, label=label, progress=context.progress)
-        after = before if second is None else watch(_up_to(second, names), names, context.data, label=label)
+        before = _watch(first, names, context, None if runs is None else runs[0], context.progress)
+        after = before if second is None else _watch(second, names, context, None if runs is None else runs[1])
         for values in before:
             others = values if after is before else next(after)
             for name, total in zip(names, sums, strict=True):
                 total.add(values[name], others[name])
         for layer in part:
             yield layer, sums.pop(0).moments()
+
+
+def _watch(
+    model: ir.Model, names: Sequence[str], context: Context, runs: ResumedRuns | None, progress: Progress = SILENT
+) -> Iterator[dict[str, np.ndarray]]:
+    label = "observe layers' inputs"
+    if runs is not None:
+        return runs.watch(model, names, label=label, progress=progress)
+    assert context.data is not None
+    return watch(up_to(model, names), names, context.data, label=label, progress=progress)
 
 
 def group_taps(layer: Layer) -> tuple[int, int]:
@@ -109,14 +124,3 @@ class _Sums:
         if self.crossed is not None:
             crossed = self.crossed / self.rows - first[:, :, None] * second[:, None, :]
         return PairedMoments(first, second, covariance, crossed, self.rows)
-
-
-def _up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy that computes these values and, where they are inputs, at least something."""
-    part = model.clone()
-    wanted = [value for node in part.graph for value in node.outputs if value.name in names]
-    if wanted:
-        part.graph.outputs.clear()
-        part.graph.outputs.extend(wanted)
-        RemoveUnusedNodesPass()(part)
-    return part
