@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.calibration.dataset import Dataset
 from graphopt.calibration.statistics import Observer, TensorStatistics
@@ -77,14 +79,30 @@ def watch(
     total, done = len(dataset), 0
     with progress.task(label, total) as advance:
         for feeds in dataset.batches(BATCH):
-            try:
-                results = dict(zip(inner, session.run(inner, feeds) if inner else [], strict=True))
-            except engine_errors() as error:
-                raise DataError(f"the model refuses samples of {dataset.source}: {_first_line(error)}") from error
+            results = run_batch(session, inner, feeds, dataset.source)
             yield {name: np.asarray(feeds[name] if name in feeds else results[name]) for name in wanted}
             step = min(dataset.fixed_batch or BATCH, total - done)
             done += step
             advance(step)
+
+
+def run_batch(session: Any, names: list[str], feeds: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Some outputs of a session for one batch from `source`. Raises DataError."""
+    try:
+        return dict(zip(names, session.run(names, feeds) if names else [], strict=True))
+    except engine_errors() as error:
+        raise DataError(f"the model refuses samples of {source}: {_first_line(error)}") from error
+
+
+def up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy that computes these values and, where they are inputs, at least something."""
+    part = model.clone()
+    wanted = [value for node in part.graph for value in node.outputs if value.name in names]
+    if wanted:
+        part.graph.outputs.clear()
+        part.graph.outputs.extend(wanted)
+        RemoveUnusedNodesPass()(part)
+    return part
 
 
 def open_session(model: bytes | str, threads: int | None = None):

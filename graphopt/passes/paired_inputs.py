@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graphopt.calibration.observe import watch
+from graphopt.calibration.observe import up_to, watch
+from graphopt.calibration.resumed import ResumedRuns
 from graphopt.graph import attribute, constant_of
 from graphopt.passes.base import Context
 from graphopt.passes.quantization.moments import MAX_TAPS, covariance_elements, in_parts, patches
 from graphopt.passes.quantization.placement import Layer
+from graphopt.progress import SILENT, Progress
 
 FLUSH_ROWS = 1024
 """Rows gathered before they are multiplied into the covariances."""
@@ -38,11 +39,16 @@ class PairedMoments:
 
 
 def observe_pairs(
-    first: ir.Model, second: ir.Model | None, layers: Sequence[Layer], context: Context
+    first: ir.Model,
+    second: ir.Model | None,
+    layers: Sequence[Layer],
+    context: Context,
+    runs: tuple[ResumedRuns, ResumedRuns] | None = None,
 ) -> Iterator[tuple[Layer, PairedMoments]]:
     """Each layer's inputs in `first`, the model as it was, and `second`, as it is by now (None: the same).
 
-    The inputs have one name in both. Raises ModelError and DataError as `collect_statistics` does.
+    The inputs have one name in both. `runs`: of the two models, whose layers change from call to call only behind those
+    observed so far. Raises ModelError and DataError as `collect_statistics` does.
     """
     assert context.data is not None
     each = 1 if second is None else 2
@@ -50,7 +56,7 @@ def observe_pairs(
         names = [str(layer.input.name) for layer in part]
         sums = [_LayerSums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
         label = "observe layers' inputs"
-        for values, others in watch_pairs(first, second, names, names, context, label):
+        for values, others in watch_pairs(first, second, names, names, context, label, runs):
             for name, total in zip(names, sums, strict=True):
                 total.add(values[name], others[name])
         for layer in part:
@@ -73,20 +79,35 @@ def watch_pairs(
     second_names: Sequence[str],
     context: Context,
     label: str,
+    runs: tuple[ResumedRuns, ResumedRuns] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Batch by batch, values of `first` and of `second` (None: of `first` again) on the calibration data.
 
-    Raises ModelError and DataError as `collect_statistics` does.
+    `runs` as in `observe_pairs`. Raises ModelError and DataError as `collect_statistics` does.
     """
-    assert context.data is not None
+    one, two = (None, None) if runs is None else runs
     if second is None:
         names = list(dict.fromkeys((*first_names, *second_names)))
-        for values in watch(_up_to(first, names), names, context.data, label=label, progress=context.progress):
+        for values in _watch(first, names, context, one, label, context.progress):
             yield values, values
         return
-    before = watch(_up_to(first, first_names), first_names, context.data, label=label, progress=context.progress)
-    after = watch(_up_to(second, second_names), second_names, context.data, label=label)
+    before = _watch(first, first_names, context, one, label, context.progress)
+    after = _watch(second, second_names, context, two, label)
     yield from zip(before, after, strict=True)
+
+
+def _watch(
+    model: ir.Model,
+    names: Sequence[str],
+    context: Context,
+    runs: ResumedRuns | None,
+    label: str,
+    progress: Progress = SILENT,
+) -> Iterator[dict[str, np.ndarray]]:
+    if runs is not None:
+        return runs.watch(model, names, label=label, progress=progress)
+    assert context.data is not None
+    return watch(up_to(model, names), names, context.data, label=label, progress=progress)
 
 
 class _LayerSums:
@@ -150,14 +171,3 @@ class PairedSums:
         if self.crossed is not None:
             crossed = self.crossed / self.rows - first[:, :, None] * second[:, None, :]
         return PairedMoments(first, second, covariance, crossed, self.rows, variance)
-
-
-def _up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy that computes these values and, where they are inputs, at least something."""
-    part = model.clone()
-    wanted = [value for node in part.graph for value in node.outputs if value.name in names]
-    if wanted:
-        part.graph.outputs.clear()
-        part.graph.outputs.extend(wanted)
-        RemoveUnusedNodesPass()(part)
-    return part

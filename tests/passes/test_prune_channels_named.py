@@ -244,7 +244,8 @@ def test_several_items(proto, seed, data):
     prune = PruneChannels(channels=tuple(f"{n}:{c}" for n, c in counts.items()), min_channels=1, reconstruct="false")
     plan, _ = prune.plan(source.clone(), Context())
     result = prune.run(source.clone(), Context())
-    assert models.to_bytes(assert_cut_equals_mask(plan)) == models.to_bytes(result.model)
+    expected = assert_cut_equals_mask(plan) if plan.cut else source
+    assert models.to_bytes(expected) == models.to_bytes(result.model)
     reasons = skips(result)
     for name in names:
         left = outputs_of(result.model, name)

@@ -148,11 +148,11 @@ def offered(
             continue
         seen.update(own)
         order = removal_order(outputs, rankings)
+        ends = range(1, len(order) + 1)
         if len(own) == 1 and len(own[0].roots) == len(outputs.sizes):
             parts = next(in_chunks(each, block) for each in rankings if each.family is own[0])
             ends = np.cumsum([len(roots) for _, roots in parts], dtype=int).tolist()
-        else:
-            ends = [end for end in range(1, len(order) + 1) if outputs.left(order[:end]) % block == 0]
+        ends = [end for end in ends if outputs.left(order[:end]) % block == 0]
         possible = [end for end in ends if room.fits(order[:end])]
         deep = [end for end in possible if outputs.left(order[:end]) >= DEEPEST * outputs.count] or possible[:1]
         chosen = np.linspace(0, len(deep) - 1, min(MOST_OFFERS, len(deep))).round().astype(int)

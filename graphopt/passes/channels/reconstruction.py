@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
+from graphopt.calibration.resumed import ResumedRuns
 from graphopt.passes.base import Context, Skip
 from graphopt.passes.channels.dependency import Site
 from graphopt.passes.channels.edits import set_constant
@@ -72,12 +73,14 @@ def reconstruct(
     model = plan.channels.model
     first = model.clone() if portions > 1 else model
     original = _unpaired(input_moments(plan.channels, context) if moments is None else moments)
+    assert context.data is not None
+    runs = ResumedRuns(context.data), ResumedRuns(context.data)
     solved, skipped = 0, []
     for index, (leading, following) in enumerate(split(steps(plan, exclude), portions)):
         found = original
         if index:
             measured = [site for site in leading if site.node.op_type in MEASURED]
-            found = original | _moments(first, model, measured, context)
+            found = original | _moments(first, model, measured, context, runs)
         changes = []
         for site in (*leading, *following):
             change, skip = _change(plan, site, found.get(site.node))
@@ -123,11 +126,15 @@ def _unpaired(found: Mapping[ir.Node, Moments]) -> dict[ir.Node, PairedMoments]:
 
 
 def _moments(
-    first: ir.Model, second: ir.Model, sites: Sequence[Site], context: Context
+    first: ir.Model,
+    second: ir.Model,
+    sites: Sequence[Site],
+    context: Context,
+    runs: tuple[ResumedRuns, ResumedRuns],
 ) -> dict[ir.Node, PairedMoments]:
     layers = [Layer(site.node, 1, 1 - site.axis, site.node.outputs[0]) for site in sites]
     found = {}
-    for layer, m in observe_pairs(first, second, layers, context):
+    for layer, m in observe_pairs(first, second, layers, context, runs):
         matrices = [None if each is None else shrunk(each, m.rows) for each in (m.covariance, m.crossed)]
         found[layer.node] = PairedMoments(m.first_mean, m.mean, matrices[0], matrices[1], m.rows)
     return found
