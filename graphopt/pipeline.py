@@ -104,7 +104,10 @@ class Pipeline:
         exact_so_far = Fidelity.EXACT
         for each in self.passes:
             exact_so_far = max(exact_so_far, each.fidelity)
+            before = model.clone() if exact_so_far is Fidelity.LOSSY and context.original is None else None
             model, record = _run_pass(each, model, context, expected, reference, exact_so_far, observations)
+            if before is not None:
+                context = dataclasses.replace(context, original=before)
             records.append(record)
             if on_pass is not None:
                 on_pass(record)

@@ -26,6 +26,7 @@ BUILTIN_PASSES = {
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "merge-blocks": "graphopt.passes.merge_blocks:MergeBlocks",
     "low-rank-split": "graphopt.passes.low_rank_split:LowRankSplit",
+    "refit-layers": "graphopt.passes.refit_layers:RefitLayers",
     "equalize-layers": "graphopt.passes.equalize_layers:EqualizeLayers",
     "smooth-activations": "graphopt.passes.smooth_activations:SmoothActivations",
     "prune-weights": "graphopt.passes.prune_weights:PruneWeights",

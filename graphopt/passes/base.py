@@ -58,6 +58,8 @@ class Context:
     """By value name, for the values the pass said it `observes`."""
     data: Dataset | None = None
     """The calibration data itself, for passes that reconstruct outputs."""
+    original: ir.Model | None = None
+    """The model before the first lossy pass, for passes that make up for what others did; None: there was none yet."""
     seed: int = 0
     progress: Progress = SILENT
 
