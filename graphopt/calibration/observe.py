@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,17 @@ def collect_statistics(
 
 
 def watch(
-    model: ir.Model, names: Iterable[str], dataset: Dataset, *, label: str, progress: Progress = SILENT
+    model: ir.Model,
+    names: Iterable[str],
+    dataset: Dataset,
+    *,
+    label: str,
+    progress: Progress = SILENT,
+    cut: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Run `model` over `dataset`, a small batch at a time, and yield the values called `names` of each batch.
+
+    `cut`: nothing is computed that these do not depend on.
 
     Raises ModelError and DataError as `collect_statistics` does.
     """
@@ -67,13 +75,13 @@ def watch(
     if len(dataset) == 0:
         raise DataError(f"no calibration samples in {dataset.source}")
     inputs = {str(value.name) for value in model.graph.inputs}
-    outputs = {str(value.name) for value in model.graph.outputs}
     produced = {str(value.name) for node in model.graph for value in node.outputs}
     for name in wanted:
         if name not in inputs and name not in produced:
             raise ModelError(f"there is no value {name!r} in the model to observe")
     inner = [name for name in wanted if name not in inputs]
-    proto = ir.to_proto(model)
+    proto = ir.to_proto(up_to(model, inner) if cut and inner else model)
+    outputs = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner if name not in outputs)
     session = open_session(proto.SerializeToString())
     total, done = len(dataset), 0
@@ -94,7 +102,7 @@ def run_batch(session: Any, names: list[str], feeds: dict[str, np.ndarray], sour
         raise DataError(f"the model refuses samples of {source}: {_first_line(error)}") from error
 
 
-def up_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
+def up_to(model: ir.Model, names: Collection[str]) -> ir.Model:
     """A copy that computes these values and, where they are inputs, at least something."""
     part = model.clone()
     wanted = [value for node in part.graph for value in node.outputs if value.name in names]

@@ -216,11 +216,13 @@ class PictureFormat:
 
     def finish(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 (n, height, width, channels) to the model's input, one row a picture."""
+        arranged = np.ascontiguousarray(pictures if self.nhwc else pictures.transpose(0, 3, 1, 2))
         if self.dtype.kind == "u":
-            values = pictures
-        else:
-            values = pictures.astype(np.float32) * np.float32(self.steps.scale)
-            values -= np.asarray(self.steps.mean, np.float32)
-            values /= np.asarray(self.steps.std, np.float32)
-        arranged = values if self.nhwc else values.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray(arranged, dtype=self.dtype)
+            return arranged.astype(self.dtype, copy=False)
+        # Arranged first, as bytes: arithmetic on whole planes is faster than on three channels of a pixel.
+        by_channel = (-1,) if self.nhwc else (-1, 1, 1)
+        values = arranged.astype(np.float32)
+        values *= np.float32(self.steps.scale)
+        values -= np.asarray(self.steps.mean, np.float32).reshape(by_channel)
+        values /= np.asarray(self.steps.std, np.float32).reshape(by_channel)
+        return values.astype(self.dtype, copy=False)

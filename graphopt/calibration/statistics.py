@@ -21,6 +21,10 @@ import numpy as np
 
 BINS = 8192
 CHUNK = 1 << 16
+LANES = 4
+"""Histograms that neighbours are counted in by turns: a processor stalls where it adds to one place again and again, as
+behind a Relu to that of zero."""
+_MIDDLES = (BINS // 2 + BINS * (np.arange(CHUNK) % LANES)).astype(np.float32)
 METHODS = ("minmax", "percentile", "entropy", "mse")
 Method = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -219,18 +223,20 @@ class Observer:
 
     def _count(self, array: np.ndarray) -> None:
         flat = array.reshape(-1)
-        zeros = flat.size - int(np.count_nonzero(flat))
+        zeros = int(np.count_nonzero(flat == 0))  # of booleans: several times faster than of floats
         self.zeros += zeros
         if self.reach == 0.0:
             return
         if self.reach < 2.0**-100:
             flat = flat.astype(np.float64)  # the factor would overflow float32
         factor = flat.dtype.type(BINS / 2 / self.reach)  # powers of two: this product is exact
+        found = np.zeros(LANES * BINS, np.int64)
         for start in range(0, flat.size, CHUNK):  # in cache-sized pieces
-            scaled = flat[start : start + CHUNK] * factor
-            bins = np.floor(scaled).astype(np.int64)
-            bins += BINS // 2
-            self.counts += np.bincount(bins, minlength=BINS)
+            bins = flat[start : start + CHUNK] * factor
+            np.floor(bins, out=bins)
+            bins += _MIDDLES[: len(bins)]  # whole numbers below 2^24: exact
+            found += np.bincount(bins.astype(np.intp), minlength=LANES * BINS)
+        self.counts += found.reshape(LANES, BINS).sum(axis=0)
         self.counts[BINS // 2] -= zeros
 
     def _add_channels(self, array: np.ndarray) -> None:

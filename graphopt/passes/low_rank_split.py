@@ -50,7 +50,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -68,9 +67,11 @@ from graphopt.passes.excluded import require_nodes
 from graphopt.passes.low_rank.choose import NOTHING_TO_KEEP, Candidate, Fitter, Goal, Split, affordable, choose
 from graphopt.passes.low_rank.decomposition import AUTOMATIC, DECOMPOSITIONS
 from graphopt.passes.low_rank.explicit import Named, candidate_of, parse, text_of
-from graphopt.passes.low_rank.inputs import Inputs, has_covariance, mean_lost, observe_inputs
+from graphopt.passes.low_rank.first_rows import FirstRows
+from graphopt.passes.low_rank.inputs import Inputs, mean_lost, observe_inputs
 from graphopt.passes.low_rank.menu import menu
 from graphopt.passes.low_rank.metric import Metric
+from graphopt.passes.low_rank.notes import notes_on
 from graphopt.passes.low_rank.problem import Problem, problem_of
 from graphopt.passes.low_rank.rewrite import SUFFIX, copy_with_split, replace
 from graphopt.passes.quantization.placement import LAYERS, UNSUPPORTED_LAYERS, place
@@ -141,11 +142,13 @@ class LowRankSplit(Pass):
                 chances[problem] = found
         done: list[tuple[Problem, Split]] = []
         first = model.clone() if self._fits_outputs(context) and self.portions > 1 else model
-        for portion in _portions(list(chances), self.portions):
+        portions = _portions(list(chances), self.portions)
+        before = FirstRows(first, portions, context) if self._fits_outputs(context) and len(portions) > 1 else None
+        for portion in portions:
             # With all that could be named: it is then drawn from the data, and fitted, as it was for an offer.
             observed = problems if named and self.portions == 1 else portion
             part = {problem: chances[problem] for problem in portion}
-            found = self._splits(first, model if done else first, part, observed, goal, context)
+            found = self._splits(first, model if done else first, part, observed, before, goal, context)
             for problem, outcome in found.items():
                 if isinstance(outcome, str):
                     reasons[label(problem.layer.node)] = outcome
@@ -157,7 +160,7 @@ class LowRankSplit(Pass):
         remove_unused_initializers(model.graph)
         skipped = tuple(Skip(name, reasons[name]) for name in kinds if name in reasons)
         outputs = self._fits_outputs(context)
-        return PassResult(model, len(done), skipped, _notes(done, outputs))
+        return PassResult(model, len(done), skipped, notes_on(done, outputs))
 
     def offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
         """For each layer that is not excluded up to 5 splits, at `min_saving` down to a quarter of the arithmetic.
@@ -229,6 +232,7 @@ class LowRankSplit(Pass):
         model: ir.Model,
         chances: dict[Problem, list[list[Candidate]]],
         observed: list[Problem],
+        before: FirstRows | None,
         goal: Goal,
         context: Context,
     ) -> dict[Problem, Found]:
@@ -254,7 +258,8 @@ class LowRankSplit(Pass):
             return {problem: known[keys[problem]] for problem in wanted}
         # All layers are observed whatever is excluded: which positions are drawn depends on which layers are.
         second = None if model is first else model
-        for problem, inputs in observe_inputs(first, second, observed, context):
+        seen = observe_inputs(first, second, observed, context) if before is None else before.observe(second, observed)
+        for problem, inputs in seen:
             if problem in wanted and keys[problem] not in known:
                 target = problem.seeing(inputs)
                 split = self._split(target, chances[problem], inputs.metrics, goal, context.seed)
@@ -289,17 +294,3 @@ def _portions(problems: list[Problem], count: int) -> list[list[Problem]]:
     """Runs of neighbours, in graph order."""
     bounds = np.linspace(0, len(problems), min(count, len(problems)) + 1).astype(int)
     return [problems[a:b] for a, b in pairwise(bounds)]
-
-
-def _notes(done: list[tuple[Problem, Split]], outputs: bool) -> tuple[str, ...]:
-    if not done:
-        return ()
-    methods = Counter(split.method for _, split in done)
-    listed = ", ".join(f"{count} by {method}" for method, count in sorted(methods.items()))
-    kept = 1 - max(split.lost for _, split in done)
-    what = "outputs" if outputs else "weights"
-    notes = [f"{len(done)} layers split ({listed}); each keeps {100 * kept:.2f} % or more of the energy of its {what}"]
-    plain = [label(p.layer.node) for p, _ in done if outputs and not has_covariance(p)]
-    if plain:
-        notes.append(f"too large for a covariance, fitted to weights: {', '.join(plain)}")
-    return tuple(notes)

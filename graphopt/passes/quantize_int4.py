@@ -24,6 +24,11 @@ Speed
     says otherwise; form=matmulnbits computes in float32 unless `accuracy_level` says otherwise. The weights of Conv,
     and of Gemm with a bias or transposed, it dequantizes anew in each run, which costs time.
 
+With quantize-int8
+    Layers stored in 4 bits before quantize-int8 runs are left alone by it, and their inputs stay float where float
+    arithmetic makes them. So `layers` may name the large matrix products of one row, which are bound by memory and
+    faster in 4 bits, and quantize-int8 behind takes the rest.
+
 Defaults
     Measured on six classifiers (benchmarks/weight_only.py). Blocks of 64 are over 6 times smaller than float32, zero
     points included, which those of 32 are only just. Zero points cost a sixteenth of a bit and save up to 1.7 points
@@ -41,17 +46,22 @@ Reference
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
 
 from graphopt.errors import DataError
+from graphopt.graph import label
 from graphopt.model import parameter_bytes
-from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
+from graphopt.passes.base import Context, Fidelity, Offer, Pass, PassResult, Skip
 from graphopt.passes.block_quantization.mixed import Mixture, mix
 from graphopt.passes.block_quantization.rounding import Method, Quantized, Recipe, round_layers
 from graphopt.passes.block_quantization.write import CONTRIB, write_dequantize, write_matmulnbits
+from graphopt.passes.copied_layer import copy_with, layer_in
+from graphopt.passes.excluded import require_nodes
 from graphopt.passes.quantization.insert import Inserter
 from graphopt.passes.quantization.opset import raise_opset
 from graphopt.passes.weight_layers import WeightLayer, find_layers, remove_left_over
@@ -64,6 +74,7 @@ class QuantizeInt4(Pass):
 
     fidelity = Fidelity.LOSSY
     quantizes = True
+    takes = "layers"
 
     block: Literal[16, 32, 64, 128] = 64
     """Weights that share a scale."""
@@ -83,30 +94,21 @@ class QuantizeInt4(Pass):
     """For bits=mixed: how many times smaller than before the model's parameters stay at least."""
     correct_bias: bool = True
     """Whether biases take back the mean error; needs calibration data."""
+    layers: tuple[str, ...] = ()
+    """Names of the only nodes to store so (with those that share their weights); none: all that can be."""
     exclude: tuple[str, ...] = ()
     """Names of nodes to leave float (of a nameless node: its first output)."""
     exclude_types: tuple[str, ...] = ()
     """Operator types to leave float."""
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
-        """Quantize. Raises PassError: `exclude` names no node; DataError: bits=mixed without calibration data."""
+        """Quantize. Raises PassError: `exclude` or `layers` names no node; DataError: bits=mixed without data."""
         if self.bits == "mixed" and context.data is None:
             raise DataError(f"{self.name}: bits=mixed measures layers on calibration data", hint="give --calib DATA")
-        layers, skipped = find_layers(model, self.name, self.exclude, self.exclude_types)
-        raised = model if self._all_products(layers) else raise_opset(model, BLOCKED_OPSET)
-        products_only = isinstance(raised, str)
-        if isinstance(raised, str):
-            if self.form == "qdq":
-                return PassResult(model, 0, (*skipped, Skip("model", raised)))
-            skipped += [Skip(each.name, raised) for each in layers if each.node.op_type == "Conv"]
-        elif raised is not model:
-            model = raised
-            layers, skipped = find_layers(model, self.name, self.exclude, self.exclude_types)
-        if products_only:
-            layers = [each for each in layers if each.node.op_type != "Conv"]
-        recipe = Recipe(4, self.block, self.symmetric, self.method, self.correct_bias)
+        model, layers, skipped, products_only = self._prepare(model)
+        recipe = self._recipe()
         done = round_layers(model, layers, recipe, context)
-        for each in [each for each in layers if done[each].bytes >= each.weights.nbytes]:
+        for each in [each for each in layers if not _gains(each, done[each])]:
             skipped.append(Skip(each.name, f"its rows of {each.taps} weights are too short to gain from 4 bits"))
             del done[each]
         notes: list[str] = []
@@ -119,6 +121,52 @@ class QuantizeInt4(Pass):
         self._write(model, done, self.form == "matmulnbits" or products_only)
         notes[:0] = self._notes(done, before, parameter_bytes(model), context)
         return PassResult(model, len(done), tuple(skipped), tuple(notes) if done else ())
+
+    def offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
+        """Each Gemm and MatMul, by itself, in 4 bits, where that is smaller; `bits` and `layers` say nothing here.
+
+        Weights are rounded, as the other options say, before the first offer is made. `run` with offers in `layers`
+        stores them the same. Raises PassError as `run` does.
+        """
+        every = replace(self, layers=(), bits="4", exclude_types=tuple(dict.fromkeys((*self.exclude_types, "Conv"))))
+        model, layers, _, products_only = every._prepare(model.clone())
+        for each, quantized in round_layers(model, layers, self._recipe(), context).items():
+            if _gains(each, quantized):
+                readers = tuple(label(node) for node in (each.node, *each.sharers))
+                yield Offer(each.name, each.name, readers, partial(every._alone, model, each, quantized, products_only))
+
+    def _alone(self, model: ir.Model, each: WeightLayer, quantized: Quantized, products_only: bool) -> ir.Model:
+        """A copy with this layer alone in 4 bits."""
+        copy, counterpart = copy_with(model)
+        sharers = [counterpart(node) for node in each.sharers]
+        own = replace(each, layer=layer_in(counterpart, each.layer), sharers=sharers)
+        self._write(copy, {own: quantized}, self.form == "matmulnbits" or products_only)
+        return copy
+
+    def _prepare(self, model: ir.Model) -> tuple[ir.Model, list[WeightLayer], list[Skip], bool]:
+        """The model, of opset 21 if need be and possible, its layers, why others are none, and whether
+        DequantizeLinear is out of the question."""
+        layers, skipped = self._find(model)
+        if self._all_products(layers):
+            return model, layers, skipped, False
+        raised = raise_opset(model, BLOCKED_OPSET)
+        if not isinstance(raised, str):
+            return raised, *(self._find(raised) if raised is not model else (layers, skipped)), False
+        if self.form == "qdq":
+            return model, [], [*skipped, Skip("model", raised)], True
+        skipped += [Skip(each.name, raised) for each in layers if each.node.op_type == "Conv"]
+        return model, [each for each in layers if each.node.op_type != "Conv"], skipped, True
+
+    def _find(self, model: ir.Model) -> tuple[list[WeightLayer], list[Skip]]:
+        layers, skipped = find_layers(model, self.name, self.exclude, self.exclude_types)
+        if not self.layers:
+            return layers, skipped
+        require_nodes(model, self.layers, self.name, "layers")
+        named = [each for each in layers if any(label(n) in self.layers for n in (each.node, *each.sharers))]
+        return named, [each for each in skipped if each.node in self.layers]
+
+    def _recipe(self) -> Recipe:
+        return Recipe(4, self.block, self.symmetric, self.method, self.correct_bias)
 
     def _all_products(self, layers: list[WeightLayer]) -> bool:
         """Whether no DequantizeLinear will be written."""
@@ -157,3 +205,7 @@ class QuantizeInt4(Pass):
             f"{len(mixture.eight)} layers keep 8 bits: outputs at {mixture.snr_db:.1f} dB{met}, parameters "
             f"{mixture.ratio:.2f} times smaller"
         )
+
+
+def _gains(each: WeightLayer, quantized: Quantized) -> bool:
+    return quantized.bytes < each.weights.nbytes

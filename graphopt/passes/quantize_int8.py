@@ -10,7 +10,8 @@ Applies when
     1. Conv with constant float32 weights (any rank, stride, dilation, group): input, weights, bias and output are
        quantized; a Relu or Clip that alone reads it is part of it, and its clip is done by saturation.
     2. Gemm and MatMul with a constant float32 matrix on the right (and the constant an Add puts behind a MatMul, as
-       its bias): as 1, with the output left float unless another quantized layer follows (so logits keep precision).
+       its bias): as 1, with the output left float (so logits keep precision) unless another quantized layer follows,
+       or a Relu or Clip, behind which ONNX Runtime would not see the integers without.
     3. Add, Mul, AveragePool, GlobalAveragePool, LeakyRelu, Sigmoid, Concat between quantized values that lead to
        another layer: stay in 8 bits with scales of their own. A Concat and the inputs only it reads share one scale.
     4. MaxPool, Reshape, Flatten, Transpose, Squeeze, Unsqueeze, Slice, Gather, Expand, Split, DepthToSpace,

@@ -2,10 +2,10 @@
 
 Equation
     V = W + G,  b' = b + E r - G E z,   G = argmin E |r - G z|^2 + k |G|^2,   r = y - (W z + b)
-    z: what the layer multiplies in the model as it is by now, with the layers before it solved again; y: what its output
-    was in the model before the first lossy pass, on the same samples. The strength k is inferred from the data
-    (ridge.py): what the data does not ask for stays as it is. Where the output only goes into a residual Add, y is what
-    the Add's output was less its other input by now: so errors of the shortcut are made up for too.
+    z: what the layer multiplies in the model as it is by now, with the layers before it solved again; y: what its
+    output was in the model before the first lossy pass, on the same samples. The strength k is inferred from the data
+    (ridge.py): what the data does not ask for stays as it is. Where the output only goes into a residual Add, y is
+    what the Add's output was less its other input by now: so errors of the shortcut are made up for too.
     A MatMul without a bias: the same about zero instead of the means.
 
 Applies when
@@ -19,8 +19,8 @@ Fidelity
     LOSSY. Behind exact passes alone it changes nothing.
 
 Reference
-    He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.2 (weights solved again
-    behind those of earlier layers, residual branches against the sum); MacKay, "Bayesian Interpolation", 1992.
+    He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.2 (weights solved
+    again behind those of earlier layers, residual branches against the sum); MacKay, "Bayesian Interpolation", 1992.
 """
 
 from __future__ import annotations

@@ -412,3 +412,29 @@ def test_fewer_rows_than_taps_do_not_leave_directions_free():
         after = split(model, random_data(model, 30), ranks=("gemm_0:16",), fit=fit, **ANY).model
         error[fit] = np.square(outputs(after, rest) - wanted).sum()
     assert error["outputs"] < 1.15 * error["weights"]
+
+
+@pytest.mark.parametrize("count", [7, 40])
+def test_rows_kept_for_all_portions_are_those_drawn_for_each(count, monkeypatch):
+    from graphopt.calibration.dataset import Dataset
+    from graphopt.passes.low_rank import first_rows
+
+    model = build(DEEP, seed=5, **DEEP_SHAPES)
+    wanted = outputs(model, random_data(model, count))
+    runs, found = [], []
+    batches = Dataset.batches
+
+    def counted(self, size):
+        runs.append(size)
+        return batches(self, size)
+
+    monkeypatch.setattr(Dataset, "batches", counted)
+    for most in (first_rows.MOST_BYTES, 0):
+        monkeypatch.setattr(first_rows, "MOST_BYTES", most)
+        runs.clear()
+        data = random_data(model, count)
+        found.append(split(model, data, ratio=0.7, block=1, portions=4, method="svd").model)
+        assert len(runs) == (4 if most else 7)  # the model as it was: once, or for each portion
+    kept, drawn = (outputs(each, random_data(model, count)) for each in found)
+    # Engines may fuse a model otherwise where more of its values are watched: no more than rounding sets them apart.
+    assert np.linalg.norm(kept - drawn) < 1e-3 * np.linalg.norm(kept - wanted)

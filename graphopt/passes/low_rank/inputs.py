@@ -40,7 +40,7 @@ def observe_inputs(
     """
     layers = [problem.layer for problem in problems]
     for problem, (_, moments) in zip(problems, observe_pairs(first, second, layers, context), strict=True):
-        yield problem, _inputs(moments)
+        yield problem, inputs_of(moments)
 
 
 def has_covariance(problem: Problem) -> bool:
@@ -48,7 +48,8 @@ def has_covariance(problem: Problem) -> bool:
     return problem.shape.taps <= MAX_TAPS
 
 
-def _inputs(moments: PairedMoments) -> Inputs:
+def inputs_of(moments: PairedMoments) -> Inputs:
+    """What a layer is fitted on, from the moments of its inputs."""
     covariance, crossed = moments.covariance, moments.crossed
     if covariance is None:
         return Inputs([Metric()] * len(moments.mean), moments.mean, moments.first_mean, None)

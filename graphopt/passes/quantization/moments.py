@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,7 +102,7 @@ class _Sums:
         self.squares: np.ndarray | None = None
 
     def add(self, array: np.ndarray) -> None:
-        self.waiting.append(patches(self.layer, array, self.rng).astype(np.float32))
+        self.waiting.append(patches(self.layer, array, self.rng).astype(np.float32, copy=False))
         if sum(rows.shape[1] for rows in self.waiting) >= FLUSH_ROWS:
             self._flush()
 
@@ -140,13 +141,12 @@ def patches(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.nda
         return rows[None]
     weights = constant_of(node.inputs[1])
     assert weights is not None
-    kernel = weights.shape[2:]
+    kernel, sizes = weights.shape[2:], array.shape[2:]
     rank = len(kernel)
     strides = tuple(attribute(node, "strides", (1,) * rank))
     dilations = tuple(attribute(node, "dilations", (1,) * rank))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
-    pads = _pads(node, array.shape[2:], reach, strides)
-    rows = window_rows(array, reach, pads, rng, strides, dilations)
+    rows = window_rows(array, reach, _pads(node, sizes, reach, strides), rng, strides, dilations)
     return rows.reshape(len(rows), attribute(node, "group", 1), -1).transpose(1, 0, 2)
 
 
@@ -162,18 +162,38 @@ def window_rows(
 
     `array`: (N, C, *spatial). The same places are drawn from arrays and windows that have as many.
     """
-    rank = len(reach)
-    padded = np.pad(array, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else array
-    windows = np.lib.stride_tricks.sliding_window_view(padded, tuple(reach), axis=tuple(range(2, 2 + rank)))
-    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides or (1,) * rank))]
-    windows = windows[(..., *(slice(None, None, d) for d in dilations or (1,) * rank))]
-    places = windows.shape[2 : 2 + rank]
-    count = min(POSITIONS, int(np.prod(places)))
-    samples = np.repeat(np.arange(len(array)), count)
-    drawn = [rng.choice(int(np.prod(places)), count, replace=False) for _ in range(len(array))]
+    sizes, channels, one = array.shape[2:], array.shape[1], (1,) * len(reach)
+    strides, dilations = strides or one, dilations or one
+    kernel = [(r - 1) // d + 1 for r, d in zip(reach, dilations, strict=True)]
+    places = [(n + a + b - r) // s + 1 for n, (a, b), r, s in zip(sizes, pads, reach, strides, strict=True)]
+    count = min(POSITIONS, math.prod(places))
+    drawn = [rng.choice(math.prod(places), count, replace=False) for _ in range(len(array))]
     position = np.unravel_index(np.concatenate(drawn), places)
-    taken = windows[(samples[:, None], np.arange(array.shape[1])[None], *(p[:, None] for p in position))]
-    return taken.reshape(len(samples), -1)
+    spatial, inside = _window(position, kernel, strides, dilations, [before for before, _ in pads], sizes)
+    planes = np.repeat(np.arange(len(array)), count)[:, None] * channels + np.arange(channels)
+    taken = array.reshape(-1)[planes[:, :, None] * math.prod(sizes) + spatial[:, None, :]]
+    if inside is not None:
+        taken *= inside[:, None, :]
+    return taken.reshape(len(taken), -1)
+
+
+def _window(position, kernel, strides, dilations, before, sizes) -> tuple[np.ndarray, np.ndarray | None]:
+    """Indices into a plane of `sizes`, (rows, taps of the kernel), for each output position, and which taps are inside
+    (None: all); what is outside is padding, and has some index all the same.
+
+    Only the taps that are wanted are touched: padding or windowing the whole input would cost more than all the rest.
+    """
+    spatial = np.zeros((len(position[0]), 1), np.intp)
+    inside: np.ndarray | None = None
+    for axis, size in enumerate(sizes):
+        first = position[axis][:, None] * strides[axis] - before[axis]
+        at = first + np.arange(kernel[axis]) * dilations[axis]
+        held = at.clip(0, size - 1)
+        valid = np.ones(spatial.shape, bool) if inside is None else inside
+        if inside is not None or (held != at).any():
+            inside = (valid[:, :, None] & (held == at)[:, None, :]).reshape(len(at), -1)
+        spatial = (spatial[:, :, None] * size + held[:, None, :]).reshape(len(at), -1)
+    return spatial, inside
 
 
 def _pads(node: ir.Node, shape, reach, strides) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graph import attribute, constant_of, label, sole_consumer
+from graphopt.graph import attribute, constant_of, input_of, label, sole_consumer
 from graphopt.passes.base import Skip
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -34,7 +34,6 @@ KEEPS_SCALE = frozenset({
 """Operators that only move 8-bit values: input and output share scale and zero point, and no arithmetic is left."""
 RESCALES = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Concat"})
 """Operators with 8-bit kernels of their own."""
-
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 
@@ -121,7 +120,7 @@ def _layer(node: ir.Node, exclude: Collection[str], exclude_types: Collection[st
     if weights is None:
         if sides[0] is not None and node.op_type == "MatMul":
             return "its constant operand is on the left"
-        return "its weights are not constant"
+        return "its weights are quantized already" if is_dequantized(node) else "its weights are not constant"
     if sides[0] is not None:
         return "both operands are constant: fold it first"
     if weights.dtype != np.float32:
@@ -147,6 +146,15 @@ def _layer(node: ir.Node, exclude: Collection[str], exclude_types: Collection[st
         return Layer(node, 1, 0 if attribute(node, "transB", 0) else 1, output_of(node), (node, 2))
     added = _added_bias(node, weights.shape[1])
     return Layer(node, 1, 1, output_of(node if added is None else added[0]), added)
+
+
+def is_dequantized(node: ir.Node) -> bool:
+    """Whether the weights are stored in few bits."""
+    value = input_of(node, 1)
+    source = None if value is None else value.producer()
+    if source is not None and source.op_type == "Reshape" and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+    return source is not None and source.op_type == "DequantizeLinear" and constant_of(source.inputs[0]) is not None
 
 
 def _added_bias(node: ir.Node, columns: int) -> tuple[ir.Node, int] | None:
@@ -238,8 +246,25 @@ def _useful(
             wanted.update(outputs)
             inside.append(node)
     wanted.update(layer.output for layer in layers.values() if layer.node.op_type == "Conv")
+    wanted.update(value for layer in layers.values() if (value := _closing(layer, wanted)) is not None)
     order = [*graph.inputs, *(value for node in graph for value in node.outputs)]
     return [value for value in order if value in wanted], inside[::-1]
+
+
+def _closing(layer: Layer, wanted: Collection[ir.Value]) -> ir.Value | None:
+    """What more has to be quantized for ONNX Runtime to see that a product is done in integers.
+
+    It does so where the output stays float, but not where a Relu or Clip is between. A product in 4 bits behind that is
+    not to read a DequantizeLinear: it would no longer become MatMulNBits. Then the activation stays float.
+    """
+    if layer.node.op_type == "Conv" or layer.output in wanted or layer.output.is_graph_output():
+        return None
+    last = layer.bias[0] if layer.node.op_type == "MatMul" and layer.bias is not None else layer.node
+    if fused_activation(last) is None:
+        return None
+    readers = [usage.node for usage in layer.output.uses()]
+    beside = any(node.op_type in LAYERS and is_dequantized(node) and input_of(node, 2) is None for node in readers)
+    return last.outputs[0] if beside else layer.output
 
 
 def _families(graph: ir.Graph, quantized: list[ir.Value], inside: list[ir.Node]) -> list[Family]:
