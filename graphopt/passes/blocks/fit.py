@@ -1,6 +1,6 @@
 """One convolution for a block: ridge regression of what x lacks of y on patches of x, as strong as the data asks.
 
-With z a patch of x and r = y - x at its middle, K = identity + G and b = E r - G E z, where G is the regression of r on z
+With z a patch of x and r = y - x at its middle, K = identity + G and b = E r - G E z; G is the regression of r on z
 (passes/ridge.py). The energy that is lost is what to expect on new data.
 """
 
