@@ -18,10 +18,11 @@ from graphopt.inspection import inspect
 from graphopt.model import fix_inputs
 from graphopt.passes.base import Context, Fidelity
 from graphopt.passes.blocks.find import find_blocks
-from graphopt.passes.blocks.fit import LEAST_RIDGE, fit, identity
+from graphopt.passes.blocks.fit import fit, identity
 from graphopt.passes.blocks.observe import kernels, observe_blocks
 from graphopt.passes.merge_blocks import MergeBlocks
 from graphopt.passes.paired_inputs import FLUSH_ROWS, PairedSums
+from graphopt.passes.ridge import LEAST_RIDGE
 from graphopt.pipeline import Pipeline
 from graphopt.spec import bind, parse
 from graphopt.verify import LAMBDA, total_reduction_length
