@@ -216,7 +216,7 @@ def _settings_table(settings: Settings, target: Any) -> Table:
 def bench(models, threads, seconds, data, inputs, seed, format_, output, quiet, verbose) -> int:
     """Time MODELS (ONNX files or artifacts) against each other: paired, interleaved, in one run."""
     from graphopt.benchmarking import bench_models
-    from graphopt.report.text import milliseconds, speedup
+    from graphopt.report.formats import milliseconds, speedup
 
     shapes = dict(parse_input(text) for text in inputs)
     result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from graphopt import model as models
 from graphopt.inspection import Inspection, inspect
-from graphopt.report.text import size
+from graphopt.report.formats import size
 from graphopt.runtime.artifact import MODEL, is_artifact
 
 

@@ -64,7 +64,7 @@ def target_class(name: str) -> type[Target]:
 
 
 def offering_passes() -> tuple[Pass, ...]:
-    """Passes that make offers and do not quantize, with default options, in the order of `pass_names`.
+    """Passes that make offers and do not quantize, in the order of `pass_names`, with default options.
 
     Raises SpecError: one cannot load.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.report import text
+from graphopt.report import formats
 from graphopt.report.html_markup import Html, badge, el, finite, nice_step, plural
 
 WIDTH, HEIGHT = 1000, 100
@@ -35,7 +35,7 @@ class Latency:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `text.milliseconds` reads."""
+        """What `formats.milliseconds` reads."""
         return {"median_s": self.median_ms / 1e3, "interval_s": [t / 1e3 for t in self.interval_ms]}
 
 
@@ -102,7 +102,7 @@ def ratio_text(ratio: Sequence[float | None] | None) -> str:
     if not ratio or not finite(ratio[0]):
         return "-"
     if all(finite(r) for r in ratio):
-        return text.speedup([float(r) for r in ratio if r is not None])
+        return formats.speedup([float(r) for r in ratio if r is not None])
     return f"{ratio[0]:.2f}x [too few rounds for an interval]"
 
 
@@ -137,7 +137,7 @@ def _row(latency: Latency, low: float, high: float, ticks: np.ndarray, against: 
         shapes.append(el("path", d=f"M{x(against):.1f} 0V{HEIGHT}", class_="against"))
     shapes.append(el("path", d=f"M{start:.1f} 4H{end:.1f}V96H{start:.1f}Z", class_="interval"))
     shapes.append(el("path", d=f"M{x(latency.median_ms):.1f} 4V96", class_="median"))
-    what = f"{latency.name}: median and 95 % interval {text.milliseconds(latency.summary)} ms"
+    what = f"{latency.name}: median and 95 % interval {formats.milliseconds(latency.summary)} ms"
     title = el("title", f"{what}; from {latency.samples_ms.min():.3f} to {latency.samples_ms.max():.3f} ms")
     view = f"0 0 {WIDTH} {HEIGHT}"
     return el("svg", title, shapes, viewBox=view, preserveAspectRatio="none", role="img", aria_label=what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from graphopt.report import text
+from graphopt.report import formats, text
 from graphopt.report.html_latency import ratio_text, read_latency
 from graphopt.report.html_markup import (
     Child,
@@ -38,9 +38,9 @@ def candidates(outcome: Outcome) -> Html | None:
             kind = "bad"
         cells = (
             el("span", record["name"], class_="nowrap"),
-            text.milliseconds(latency.summary) if latency else "-",
+            formats.milliseconds(latency.summary) if latency else "-",
             ratio_text(record["speedup"]) if record is not outcome.reference else "reference",
-            text.size(record["size_bytes"] or None),
+            formats.size(record["size_bytes"] or None),
             errors_text(record["errors"]),
             [badge("delivered" if delivered else record["status"], kind), " ", record["reason"]],
         )
@@ -65,7 +65,7 @@ def size_bars(outcome: Outcome) -> Html | None:
         if finite(count) and count > 0:
             label = [name, " ", badge("delivered", "good")] if delivered else name
             kind = "delivered" if delivered else "reference" if not rows else ""
-            rows.append((label, count, text.size(count), kind))
+            rows.append((label, count, formats.size(count), kind))
 
     choice = outcome.choice or {}
     as_onnx = choice.get("engine") == "onnxruntime"
@@ -138,7 +138,7 @@ def operators(outcome: Outcome) -> Html | None:
     ]
     rows.append(Row.of(("all nodes", *_changes([c["nodes"] for _, c in columns])), "total"))
     for title, key in (("parameters", "parameter_bytes"), ("ONNX file", "file_bytes")):
-        sizes = [[text.size(c[key]), el("span", class_="delta") if i else None] for i, (_, c) in enumerate(columns)]
+        sizes = [[formats.size(c[key]), el("span", class_="delta") if i else None] for i, (_, c) in enumerate(columns)]
         rows.append(Row.of((title, *sizes), "total"))
     headings = ("operator", *(name for name, _ in columns))
     shown = table(headings, rows, label="operators before and after", numeric=range(1, len(headings)))
@@ -166,7 +166,7 @@ def passes(records: Sequence[Mapping[str, Any]]) -> Html | None:
             r["applied"],
             len(r["skipped"]),
             f"{r['nodes_before']} → {r['nodes_after']}",
-            f"{text.size(r['parameter_bytes_before'])} → {text.size(r['parameter_bytes_after'])}",
+            f"{formats.size(r['parameter_bytes_before'])} → {formats.size(r['parameter_bytes_after'])}",
             el("div", errors_text(r["errors"]), class_="prose"),
             f"{r['seconds']:.1f}",
         )

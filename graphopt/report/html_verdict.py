@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.report import text
+from graphopt.report import formats
 from graphopt.report.html_latency import ratio_text, read_latency
 from graphopt.report.html_markup import Html, el, finite
 
@@ -96,10 +96,10 @@ def headline(outcome: Outcome) -> str:
 
 
 def accuracy_text(record: Mapping[str, Any] | None) -> str:
-    """`text.accuracy`, also where the value is null."""
+    """`formats.accuracy`, also where the value is null."""
     if not record or (record.get("value") is None and record["metric"] != "snr"):
         return "-"
-    return text.accuracy(record)
+    return formats.accuracy(record)
 
 
 def _missed(outcome: Outcome) -> list[Html | str]:
@@ -197,11 +197,11 @@ def _accuracy(outcome: Outcome) -> Html:
 def _size(outcome: Outcome) -> Html:
     before, after = outcome.sizes
     if not before or not after:
-        return _figure("Size", text.size(after or before), "not compared", "")
+        return _figure("Size", formats.size(after or before), "not compared", "")
     value = (
         f"{100 * (after / before - 1):+.0f} %".replace("-", "−") if abs(after / before - 1) >= 0.005 else "unchanged"
     )
     engine = (outcome.choice or {}).get("engine")
     note = "compiled library with its weights" if engine == "tvm" else "ONNX file"
     kind = "good" if after < 0.995 * before else ""
-    return _figure("Size", value, f"{text.size(before)} → {text.size(after)}", note, kind)
+    return _figure("Size", value, f"{formats.size(before)} → {formats.size(after)}", note, kind)

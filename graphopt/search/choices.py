@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.passes.base import Offer, Pass
+from graphopt.passes.refit_layers import RefitLayers
 from graphopt.pipeline import Pipeline
 from graphopt.search.layers import Amounts
 
@@ -70,7 +71,8 @@ def with_choice(selection: Selection, choice: Choice) -> dict[tuple[str, str], C
 
 
 def pipeline_of(selection: Selection, offering: Sequence[Pass], base: Pipeline) -> Pipeline:
-    """The lossy part of a pipeline: the passes that take what is selected, in the order of `offering`, before `base`.
+    """The lossy part of a pipeline: the passes that take what is selected, in the order of `offering`, then all layers
+    solved again, then `base`.
 
     What `base` leaves float stays so, where it is still there under its name.
     """
@@ -80,6 +82,8 @@ def pipeline_of(selection: Selection, offering: Sequence[Pass], base: Pipeline) 
         if values:
             passes.append(dataclasses.replace(each, **{each.takes: values}))  # pyright: ignore[reportArgumentType]
     renamed = {node for choice in selection.values() if choice.pass_name in RENAMING for node in choice.nodes}
+    if passes:
+        passes.append(RefitLayers())
     return Pipeline((*passes, *(_without(each, renamed) for each in base.passes)))
 
 

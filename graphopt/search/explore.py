@@ -77,7 +77,7 @@ class Search:
     def run(self) -> tuple[list[Variant], SearchRecord]:
         """Variants that keep the bound and cost less than `plain`, the cheapest first; and what was found out."""
         base = self._base()
-        offering = offering_passes()
+        offering = [_in_one(each) for each in offering_passes()]
         bench = Workbench(self.exact.model, self.context, self.compiler, self.ledger, self._at(TABLES))
         offers = list_offers(bench, offering)
         table = self._latency_table(bench, offering, offers, base)
@@ -227,6 +227,11 @@ class Search:
             settings.measure_seconds / PARTS,
         )
         return total(taken["this"]) / total(taken["plain"])
+
+
+def _in_one(each: Pass) -> Pass:
+    """The pass without steps of its own: layers are solved again behind all passes, in as many steps as there are."""
+    return replace(each, portions=1) if hasattr(each, "portions") else each  # pyright: ignore[reportCallIssue,reportArgumentType]
 
 
 def _bisect(steps: Sequence[Step], held) -> Iterator[Step]:

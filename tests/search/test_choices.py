@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from graphopt.passes.low_rank_split import LowRankSplit
 from graphopt.passes.prune_channels import PruneChannels
 from graphopt.passes.quantize_int8 import QuantizeInt8
+from graphopt.passes.refit_layers import RefitLayers
 from graphopt.pipeline import Pipeline
 from graphopt.search.choices import Choice, pipeline_of, with_choice
 from graphopt.search.latency_table import LatencyTable
@@ -63,6 +64,7 @@ def test_the_pipeline_takes_what_was_chosen_in_the_order_of_the_passes():
     assert made.passes == (
         PruneChannels(channels=("c:16",)),
         LowRankSplit(ranks=("a:svd:8",)),
+        RefitLayers(),
         QuantizeInt8(exclude=("b",)),  # `a` is not there under its name
     )
     assert Pipeline.parse(str(made)) == made

@@ -1,0 +1,42 @@
+"""Figures of a report as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def size(count: float | None) -> str:
+    """1234567 -> `1.23 MB`."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def accuracy(record: Mapping[str, Any] | None) -> str:
+    """`top-1 84.12 %`, `agreement 99.50 %` or `SNR 31.2 dB`."""
+    if not record:
+        return "-"
+    value = record["value"]
+    if record["metric"] == "snr":
+        return "SNR ∞" if value is None else f"SNR {value:.1f} dB"
+    return f"{'top-1' if record['metric'] == 'top1' else 'agreement'} {value:.2f} %"
+
+
+def milliseconds(latency: Mapping[str, Any] | None) -> str:
+    """Median and its 95 % interval."""
+    if not latency:
+        return "-"
+    low, high = latency["interval_s"]
+    return f"{1e3 * latency['median_s']:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
+
+
+def speedup(ratio: list[float | None] | None) -> str:
+    """Median ratio and its 95 % interval."""
+    if not ratio or ratio[0] is None:
+        return "-"
+    low, high = ("?" if end is None else f"{end:.2f}" for end in ratio[1:])  # too few rounds bound nothing
+    return f"{ratio[0]:.2f}x [{low}, {high}]"
