@@ -59,9 +59,9 @@ def _moments_of(
 ) -> Iterator[tuple[WeightLayer, Moments]]:
     """Each of `wanted` with the moments of its input on `context.data`, some layers at a time.
 
-    Where samples are taken depends on a layer's place among those measured, so all of the model's layers are: what is
-    excluded changes nothing for the others. The moments of the last model asked for are kept with the data where they
-    are small. Raises ModelError and DataError as `collect_statistics` does.
+    All of the model's layers are measured: engines may fuse otherwise, and so round otherwise, where other values are
+    watched, and what is excluded is to change nothing for the others. The moments of the last model asked for are kept
+    with the data where they are small. Raises ModelError and DataError as `collect_statistics` does.
     """
     assert context.data is not None
     names = {each.name: each for each in wanted}

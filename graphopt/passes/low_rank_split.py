@@ -145,7 +145,8 @@ class LowRankSplit(Pass):
         portions = _portions(list(chances), self.portions)
         before = FirstRows(first, portions, context) if self._fits_outputs(context) and len(portions) > 1 else None
         for portion in portions:
-            # With all that could be named: it is then drawn from the data, and fitted, as it was for an offer.
+            # With all that could be named: engines may fuse otherwise where other values are watched, and what is
+            # fitted is to be, to the last bit, what it was for an offer.
             observed = problems if named and self.portions == 1 else portion
             part = {problem: chances[problem] for problem in portion}
             found = self._splits(first, model if done else first, part, observed, before, goal, context)
@@ -255,7 +256,7 @@ class LowRankSplit(Pass):
         keys = {problem: (*options, label(problem.layer.node)) for problem in chances}
         if all(keys[problem] in known for problem in wanted):
             return {problem: known[keys[problem]] for problem in wanted}
-        # All layers are observed whatever is excluded: which positions are drawn depends on which layers are.
+        # All layers are observed whatever is excluded: engines may fuse otherwise where other values are watched.
         second = None if model is first else model
         seen = observe_inputs(first, second, observed, context) if before is None else before.observe(second, observed)
         for problem, inputs in seen:

@@ -12,7 +12,7 @@ from graphopt.calibration.observe import up_to, watch
 from graphopt.calibration.resumed import ResumedRuns
 from graphopt.graph import attribute, constant_of
 from graphopt.passes.base import Context
-from graphopt.passes.quantization.moments import MAX_TAPS, covariance_elements, in_parts, patches
+from graphopt.passes.quantization.moments import MAX_TAPS, covariance_elements, draws, in_parts, patches
 from graphopt.passes.quantization.placement import Layer
 from graphopt.progress import SILENT, Progress
 
@@ -54,7 +54,7 @@ def observe_pairs(
     each = 1 if second is None else 2
     for part in in_parts(layers, lambda layer: each * covariance_elements(*group_taps(layer))):
         names = [str(layer.input.name) for layer in part]
-        sums = [_LayerSums(layer, (context.seed, index), second is not None) for index, layer in enumerate(part)]
+        sums = [_LayerSums(layer, context.seed, second is not None) for layer in part]
         label = "observe layers' inputs"
         for values, others in watch_pairs(first, second, names, names, context, label, runs):
             for name, total in zip(names, sums, strict=True):
@@ -111,10 +111,10 @@ def _watch(
 
 
 class _LayerSums:
-    def __init__(self, layer: Layer, seed: tuple[int, int], paired: bool):
+    def __init__(self, layer: Layer, seed: int, paired: bool):
         groups, taps = group_taps(layer)
         self.layer, self.paired = layer, paired
-        self.first_rng, self.second_rng = np.random.default_rng(seed), np.random.default_rng(seed)
+        self.first_rng, self.second_rng = draws(seed, layer), draws(seed, layer)
         self.sums = PairedSums(groups, taps if paired else None, taps)
 
     def add(self, first: np.ndarray, second: np.ndarray) -> None:

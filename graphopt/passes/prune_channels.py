@@ -26,9 +26,10 @@ Choice
 
 Cost
     Layers are solved again in `portions`, each on what the layers before it have become, so that later layers make up
-    for earlier errors: on resnet20 at ratio 0.2 top-1 is 75.2 with one portion, 76.6 with 8, 77.9 with one a step
-    (80.2 unpruned). A portion goes on from what the one before it computed on the calibration data, where that can be
-    held (256 MiB for each of the model as it was and as it becomes), else from there or from the data again.
+    for earlier errors: on resnet20 at ratio 0.2 and round_to=1 top-1 is 75.2 with one portion, 76.6 with 8, 77.9 with
+    32 (80.2 unpruned); on squeezenet at ratio 0.1 the outputs' relative error is .0289 with 8, .0244 with 32. A portion
+    goes on from what the one before it computed on the calibration data, where that can be held (256 MiB for each of
+    the model as it was and as it becomes), else from there or from the data again.
 
 Fidelity
     LOSSY. Before weights are solved again, the result equals the model with the channels that are cut set to zero.
@@ -75,7 +76,7 @@ class PruneChannels(Pass):
     """Whether layers compete, or each loses the same share."""
     reconstruct: Literal["auto", "true", "false"] = "auto"
     """Solve the weights of the layers that read what stays again, on calibration data; auto: where there is some."""
-    portions: int = 8
+    portions: int = 32
     """Layers are solved again in so many steps, each making up for the error that those before it left."""
     round_to: str = "auto"
     """Channels of a layer are cut down to a multiple of this; auto: the target's channel block."""

@@ -27,7 +27,6 @@ Reference
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +39,7 @@ from graphopt.passes.channels.edits import set_constant
 from graphopt.passes.channels.reconstruction import add_to_bias
 from graphopt.passes.excluded import require_nodes
 from graphopt.passes.paired_inputs import PairedMoments, PairedSums, group_taps, watch_pairs
-from graphopt.passes.quantization.moments import POSITIONS, patches, window_rows
+from graphopt.passes.quantization.moments import POSITIONS, draws, patches, window_rows
 from graphopt.passes.quantization.placement import LAYERS, Layer, place
 from graphopt.passes.ridge import regress
 from graphopt.shapes.inferred import inferred_shapes
@@ -132,8 +131,7 @@ def _observed(
     groups, taps = group_taps(layer)
     weights = _weights(layer)
     sums, low, high = PairedSums(groups, weights.shape[1], taps), 0.0, 0.0
-    seed = (context.seed, zlib.crc32(label(layer.node).encode()))
-    rngs = [np.random.default_rng(seed) for _ in range(3)]
+    rngs = [draws(context.seed, layer) for _ in range(3)]
     bias = _bias(layer)
     names = [str(layer.input.name)] + ([] if job.beside is None else [job.beside])
     for own, other in watch_pairs(context.original, model, [job.target], names, context, "refit layers", runs):

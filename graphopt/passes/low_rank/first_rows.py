@@ -16,7 +16,7 @@ from graphopt.passes.base import Context
 from graphopt.passes.low_rank.inputs import Inputs, inputs_of, observe_inputs
 from graphopt.passes.low_rank.problem import Problem
 from graphopt.passes.paired_inputs import FLUSH_ROWS, PairedMoments
-from graphopt.passes.quantization.moments import MAX_TAPS, POSITIONS, covariance_elements, in_parts, patches
+from graphopt.passes.quantization.moments import MAX_TAPS, POSITIONS, draws, patches
 
 MOST_BYTES = 256 << 20
 """Of rows kept. Portions beyond it run the model as it was again."""
@@ -32,8 +32,7 @@ class FirstRows:
         left = MOST_BYTES
         for portion in portions:
             size = sum(self._bytes(problem) for problem in portion)
-            one_part = len(list(in_parts(portion, lambda p: 2 * covariance_elements(p.groups, p.shape.taps)))) == 1
-            if size <= left and one_part:
+            if size <= left:
                 self._kept.append(list(portion))
                 left -= size
 
@@ -54,18 +53,17 @@ class FirstRows:
         return len(self.context.data) * POSITIONS * problem.groups * problem.shape.taps * 4
 
     def _draw(self, model: ir.Model, portions: Sequence[Sequence[Problem]]) -> dict[Problem, np.ndarray]:
-        """float32 (groups, rows, taps) of each; a layer's place in its portion decides which positions are drawn."""
+        """float32 (groups, rows, taps) of each; those that `observe_inputs` draws."""
         assert self.context.data is not None
-        places = {problem: place for portion in portions for place, problem in enumerate(portion)}
-        rngs = {problem: np.random.default_rng((self.context.seed, place)) for problem, place in places.items()}
-        found: dict[Problem, list[np.ndarray]] = {problem: [] for problem in places}
-        names = [str(problem.layer.input.name) for problem in places]
+        rngs = {problem: draws(self.context.seed, problem.layer) for portion in portions for problem in portion}
+        found: dict[Problem, list[np.ndarray]] = {problem: [] for problem in rngs}
+        names = [str(problem.layer.input.name) for problem in rngs]
         label, progress = "observe layers' inputs", self.context.progress
         for values in watch(model, names, self.context.data, label=label, progress=progress, cut=True):
-            for problem, name in zip(places, names, strict=True):
+            for problem, name in zip(rngs, names, strict=True):
                 rows = patches(problem.layer, values[name], rngs[problem])
                 found[problem].append(rows.astype(np.float32, copy=False))
-        return {problem: np.concatenate(found.pop(problem), axis=1) for problem in places}
+        return {problem: np.concatenate(found.pop(problem), axis=1) for problem in rngs}
 
 
 def _moments(first: np.ndarray, second: np.ndarray | None) -> PairedMoments:
