@@ -37,7 +37,7 @@ from graphopt.passes.channels.edits import set_constant
 from graphopt.passes.channels.reconstruction import add_to_bias
 from graphopt.passes.excluded import require_nodes
 from graphopt.passes.paired_inputs import PairedMoments, PairedSums, group_taps, watch_pairs
-from graphopt.passes.quantization.moments import MAX_TAPS, POSITIONS, draws, patches, window_rows
+from graphopt.passes.quantization.moments import MAX_TAPS, draws, matrix_rows, patches, window_rows
 from graphopt.passes.quantization.placement import LAYERS, Layer, place
 from graphopt.passes.ridge import regress
 from graphopt.shapes.inferred import inferred_shapes
@@ -151,13 +151,10 @@ def _observed(job: _Job, model: ir.Model, context: Context, runs: tuple[ResumedR
 
 def _rows(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(rows, channels) of an output, at the places where `patches` takes inputs."""
-    if layer.node.op_type == "Conv":
-        rank = array.ndim - 2
-        return window_rows(array, (1,) * rank, ((0, 0),) * rank, rng)
-    rows = array.reshape(-1, array.shape[-1])
-    if len(rows) > POSITIONS * max(1, array.shape[0]):
-        rows = rows[rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
-    return rows
+    if layer.node.op_type != "Conv":
+        return matrix_rows(array, rng)
+    rank = array.ndim - 2
+    return window_rows(array, (1,) * rank, ((0, 0),) * rank, rng)
 
 
 def _apply(graph: ir.Graph, job: _Job, moments: PairedMoments) -> bool:

@@ -81,6 +81,15 @@ def test_of_a_linear_change_nothing_to_speak_of_is_left():
         assert error(result.model, model, data) < 1e-6 * error(damaged, model, data)
 
 
+def test_places_in_long_sequences_are_those_of_the_outputs():
+    model = build(
+        "(float[N,50,6] x) => (float[N,50,6] y) { h = MatMul(x, w1) y = MatMul(h, w2) }", w1=(6, 6), w2=(6, 6)
+    )
+    damaged, data = mixed(model, "matmul_0", 0), random_data(model, 20)
+    result = refit(damaged, model, data, exclude=("matmul_0",))
+    assert error(result.model, model, data) < 1e-6 * error(damaged, model, data)
+
+
 def test_the_damaged_layer_itself_is_solved_back_where_it_is_not_excluded():
     model = linear(5).model()
     damaged = mixed(model, "a", 1)
