@@ -166,9 +166,9 @@ class LowRankSplit(Pass):
     def offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
         """For each layer that is not excluded up to 5 splits, at `min_saving` down to a quarter of the arithmetic.
 
-        Each is svd, spatial or tucker2 (or `method`), whichever loses least; `energy`, `ratio` and `ranks` say
-        nothing here. All layers are observed on the data in one go, and a layer is fitted when its offers are asked
-        for. `run` with one offer in `ranks` and portions=1 makes the same model. Raises PassError as `run` does.
+        Each is svd, spatial or tucker2 (or `method`), whichever loses least before it is fitted; `energy`, `ratio`
+        and `ranks` say nothing here. All layers are observed on the data in one go, and a split is fitted when its
+        offer is built. `run` with one offer in `ranks` and portions=1 makes the same model. Raises what `run` raises.
         """
         self._check(model, context)
         problems, _ = self._problems(model)
@@ -185,10 +185,9 @@ class LowRankSplit(Pass):
                 continue
             name = label(problem.layer.node)
             fitter = Fitter(problem, inputs.metrics if inputs else _plain(problem), context.seed)
-            for split in menu(fitter, chances[problem], goal):
-                shift = None if inputs is None else mean_lost(problem, split, inputs)
-                value = f"{name}:{split.method}:{text_of(split.rank)}"
-                yield Offer(name, value, (name,), partial(copy_with_split, model, problem, split, shift))
+            for each in menu(fitter, chances[problem], goal):
+                value = f"{name}:{each.decomposition.NAME}:{text_of(each.rank)}"
+                yield Offer(name, value, (name,), partial(_taken, model, fitter, each, inputs))
 
     def _problems(self, model: ir.Model) -> tuple[list[Problem], dict[str, str]]:
         """The layers, in graph order, and why others are none, by node."""
@@ -284,6 +283,13 @@ class LowRankSplit(Pass):
             require_nodes(model, [name for name in given if name not in made], self.name, option)
         if self.fit == "outputs" and context.data is None:
             raise PassError(f"{self.name}: fit=outputs needs calibration data", hint="give --calib DATA, or fit=auto")
+
+
+def _taken(model: ir.Model, fitter: Fitter, candidate: Candidate, inputs: Inputs | None) -> ir.Model:
+    """The model with this split alone."""
+    split = fitter.fit(candidate)
+    shift = None if inputs is None else mean_lost(fitter.problem, split, inputs)
+    return copy_with_split(model, fitter.problem, split, shift)
 
 
 def _plain(problem: Problem) -> list[Metric]:

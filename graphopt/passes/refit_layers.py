@@ -1,11 +1,13 @@
 """Solve the weights of all layers again, so that each makes up for what passes before this one did to its inputs.
 
 Equation
-    V = W + G,  b' = b + E r - G E z,   G = argmin E |r - G z|^2 + k |G|^2,   r = y - (W z + b)
+    V = W + G,  b' = b + E r - G E z,   G = argmin E |r - G z|^2 + s |W + G|^2 + k |G|^2,   r = y - (W z + b)
     z: what the layer multiplies in the model as it is by now, with the layers before it solved again; y: what its
     output was in the model before the first lossy pass, on the same samples. The strength k is inferred from the data
     (ridge.py): what the data does not ask for stays as it is. Where the output only goes into a residual Add, y is
     what the Add's output was less its other input by now: so errors of the shortcut are made up for too.
+    s: the variance of rounding z to 8 bits, which a pass behind this one may do: without it, weights for directions in
+    which z hardly varies become so large that they amplify that rounding above all that was gained.
     A MatMul without a bias: the same about zero instead of the means.
 
 Applies when
@@ -42,6 +44,9 @@ from graphopt.passes.quantization.placement import LAYERS, Layer, place
 from graphopt.passes.ridge import regress
 from graphopt.shapes.inferred import inferred_shapes
 
+LEVELS = 255
+"""Steps between the least and the largest input: those of 8 bits."""
+
 
 class RefitLayers(Pass):
     """Weights of all layers solved again, to make up for what earlier passes changed."""
@@ -62,8 +67,7 @@ class RefitLayers(Pass):
         done = 0
         with context.progress.task("refit layers", len(jobs)) as advance:
             for job in jobs:
-                moments = _observed(job, model, context, runs)
-                done += _apply(model.graph, job, moments)
+                done += _apply(model.graph, job, *_observed(job, model, context, runs))
                 advance(1)
         return PassResult(model, done, tuple(skipped))
 
@@ -131,13 +135,15 @@ def _beside(layer: Layer, position: dict[ir.Node, int]) -> tuple[ir.Node | None,
     return (add, other) if producer is None or position[producer] < position[layer.node] else (None, None)
 
 
-def _observed(job: _Job, model: ir.Model, context: Context, runs: tuple[ResumedRuns, ResumedRuns]) -> PairedMoments:
-    """Moments of r and z."""
+def _observed(
+    job: _Job, model: ir.Model, context: Context, runs: tuple[ResumedRuns, ResumedRuns]
+) -> tuple[PairedMoments, float]:
+    """Moments of r and z, and the variance of z's rounding."""
     assert context.original is not None
     layer = job.layer
     groups, taps = group_taps(layer)
     weights = _weights(layer)
-    sums = PairedSums(groups, weights.shape[1], taps)
+    sums, low, high = PairedSums(groups, weights.shape[1], taps), 0.0, 0.0
     first_rng, second_rng = draws(context.seed, layer), draws(context.seed, layer)
     bias = _bias(layer)
     names = [str(layer.input.name)] + ([] if job.beside is None else [job.beside])
@@ -146,7 +152,8 @@ def _observed(job: _Job, model: ir.Model, context: Context, runs: tuple[ResumedR
         wanted, inputs = _rows(layer, target, first_rng), patches(layer, other[names[0]], second_rng)
         lack = wanted.reshape(len(wanted), groups, -1).transpose(1, 0, 2) - bias[:, None]
         sums.add(lack - inputs @ weights.transpose(0, 2, 1), inputs)
-    return sums.moments()
+        low, high = min(low, float(inputs.min())), max(high, float(inputs.max()))
+    return sums.moments(), ((high - low) / LEVELS) ** 2 / 12
 
 
 def _rows(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -157,12 +164,14 @@ def _rows(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return window_rows(array, (1,) * rank, ((0, 0),) * rank, rng)
 
 
-def _apply(graph: ir.Graph, job: _Job, moments: PairedMoments) -> bool:
+def _apply(graph: ir.Graph, job: _Job, moments: PairedMoments, rounding: float) -> bool:
     """Change the layer's weights and bias; False where the weights stay."""
     layer, node = job.layer, job.layer.node
     weights = _weights(layer)
     centred = node.op_type != "MatMul" or layer.bias is not None
     added = np.zeros_like(weights)
+    if moments.first_variance is not None and not moments.first_variance.any() and not moments.first_mean.any():
+        return False  # nothing changed before it
     if moments.covariance is not None and moments.crossed is not None and moments.first_variance is not None:
         for group in range(len(weights)):
             covariance, crossed = moments.covariance[group], moments.crossed[group]
@@ -171,6 +180,9 @@ def _apply(graph: ir.Graph, job: _Job, moments: PairedMoments) -> bool:
             if not centred:
                 covariance, crossed = covariance + np.outer(mean, mean), crossed + np.outer(first, mean)
                 energy += float(np.square(first).sum())
+            covariance = covariance + rounding * np.eye(len(covariance))
+            crossed = crossed - rounding * weights[group]
+            energy += rounding * float(np.square(weights[group]).sum())
             added[group] = regress(covariance, crossed, energy, moments.rows).weights
     shift = (moments.first_mean - np.einsum("got,gt->go", added, moments.mean)).reshape(-1)
     if centred:

