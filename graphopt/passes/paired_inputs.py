@@ -127,12 +127,17 @@ class _LayerSums:
 
 
 class PairedSums:
-    """Sums over pairs of rows, x of `first_taps` and z of `taps`; first_taps None: x is z, and nothing is crossed."""
+    """Sums over pairs of rows, x of `first_taps` and z of `taps`; first_taps None: x is z, and nothing is crossed.
+
+    Summed are deviations from the mean of the rows that came first: of an input that hardly varies, or not at all,
+    float32 products of the values themselves would tell nothing but their rounding.
+    """
 
     def __init__(self, groups: int, first_taps: int | None, taps: int):
         self.paired = first_taps is not None
         self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self.rows = 0
+        self.origins: tuple[np.ndarray, np.ndarray] | None = None
         self.first = np.zeros((groups, taps if first_taps is None else first_taps))
         self.first_squares, self.second = np.zeros_like(self.first), np.zeros((groups, taps))
         self.squares = self.crossed = None
@@ -149,6 +154,10 @@ class PairedSums:
     def _flush(self) -> None:
         first, second = (np.concatenate(each, axis=1) for each in zip(*self.waiting, strict=True))
         self.waiting.clear()
+        if self.origins is None:
+            means = [each.mean(axis=1, keepdims=True, dtype=np.float64) for each in (first, second)]
+            self.origins = means[0].astype(np.float32), means[1].astype(np.float32)
+        first, second = first - self.origins[0], second - self.origins[1]
         self.rows += second.shape[1]
         self.first += first.sum(axis=1, dtype=np.float64)
         self.second += second.sum(axis=1, dtype=np.float64)
@@ -163,6 +172,7 @@ class PairedSums:
         """Of all rows so far."""
         if self.waiting:
             self._flush()
+        assert self.origins is not None
         first, second = self.first / self.rows, self.second / self.rows
         covariance = crossed = None
         variance = np.maximum(self.first_squares / self.rows - first**2, 0.0) if self.paired else None
@@ -170,4 +180,5 @@ class PairedSums:
             covariance = self.squares / self.rows - second[:, :, None] * second[:, None, :]
         if self.crossed is not None:
             crossed = self.crossed / self.rows - first[:, :, None] * second[:, None, :]
-        return PairedMoments(first, second, covariance, crossed, self.rows, variance)
+        means = first + self.origins[0][:, 0], second + self.origins[1][:, 0]
+        return PairedMoments(*means, covariance, crossed, self.rows, variance)

@@ -39,7 +39,7 @@ from graphopt.passes.channels.edits import set_constant
 from graphopt.passes.channels.reconstruction import add_to_bias
 from graphopt.passes.excluded import require_nodes
 from graphopt.passes.paired_inputs import PairedMoments, PairedSums, group_taps, watch_pairs
-from graphopt.passes.quantization.moments import POSITIONS, draws, patches, window_rows
+from graphopt.passes.quantization.moments import MAX_TAPS, draws, matrix_rows, patches, window_rows
 from graphopt.passes.quantization.placement import LAYERS, Layer, place
 from graphopt.passes.ridge import regress
 from graphopt.shapes.inferred import inferred_shapes
@@ -94,32 +94,45 @@ def _jobs(model: ir.Model, original: ir.Model, exclude: tuple[str, ...]) -> tupl
         name = str(value.name)
         return name in before and before[name] == now.get(name)
 
+    def summed(layer: Layer) -> tuple[str, str] | None:
+        """The output of the residual Add behind the layer, and its other input."""
+        output = layer.node.outputs[0]
+        add, other = _beside(layer, position)
+        if add is None or other is None or not alike(add.outputs[0]):
+            return None
+        broadcast = now.get(str(output.name)) != now[str(add.outputs[0].name)]
+        return None if broadcast else (str(add.outputs[0].name), str(other.name))
+
     for layer in placement.layers:
-        name, output = label(layer.node), layer.node.outputs[0]
-        add = sole_consumer(output)
-        beside = _beside(add, output, layer, position)
+        name, output, taps = label(layer.node), layer.node.outputs[0], group_taps(layer)[1]
+        behind = summed(layer)
+        has_bias = layer.node.op_type != "MatMul" or layer.bias is not None
         if name in exclude:
             skipped.append(Skip(name, "excluded by name"))
-        elif add is not None and beside is not None and alike(add.outputs[0]):
-            jobs.append(_Job(layer, str(add.outputs[0].name), str(beside.name)))
-        elif alike(output):
-            jobs.append(_Job(layer, str(output.name), None))
-        else:
+            continue
+        if behind is None and not alike(output):
             skipped.append(Skip(name, "the model before has no value like its output"))
+            continue
+        if taps > MAX_TAPS:
+            alone = ": bias alone" if has_bias else ""
+            skipped.append(Skip(name, f"{taps} inputs are too many to solve for{alone}"))
+        if taps <= MAX_TAPS or has_bias:
+            jobs.append(_Job(layer, *(behind or (str(output.name), None))))
     return jobs, skipped
 
 
-def _beside(add: ir.Node | None, output: ir.Value, layer: Layer, position: dict[ir.Node, int]) -> ir.Value | None:
-    """The other input of a residual Add, if it is computed before the layer."""
+def _beside(layer: Layer, position: dict[ir.Node, int]) -> tuple[ir.Node | None, ir.Value | None]:
+    """A residual Add that alone reads a Conv, and its other input, if that is computed before the layer."""
+    output = layer.node.outputs[0]
+    add = sole_consumer(output)
     if add is None or add.op_type != "Add" or layer.node.op_type != "Conv":
-        return None
+        return None, None
     first, second = add.inputs
     other = second if first is output else first
-    if other is None or constant_of(other) is not None or other.shape is None or output.shape is None:
-        return None
+    if other is None or constant_of(other) is not None:
+        return None, None
     producer = other.producer()
-    early = producer is None or position[producer] < position[layer.node]
-    return other if early and list(other.shape) == list(output.shape) else None
+    return (add, other) if producer is None or position[producer] < position[layer.node] else (None, None)
 
 
 def _observed(
@@ -131,14 +144,12 @@ def _observed(
     groups, taps = group_taps(layer)
     weights = _weights(layer)
     sums, low, high = PairedSums(groups, weights.shape[1], taps), 0.0, 0.0
-    rngs = [draws(context.seed, layer) for _ in range(3)]
+    first_rng, second_rng = draws(context.seed, layer), draws(context.seed, layer)
     bias = _bias(layer)
     names = [str(layer.input.name)] + ([] if job.beside is None else [job.beside])
     for own, other in watch_pairs(context.original, model, [job.target], names, context, "refit layers", runs):
-        inputs = patches(layer, other[names[0]], rngs[0])
-        wanted = _rows(layer, own[job.target], rngs[1])
-        if job.beside is not None:
-            wanted = wanted - _rows(layer, other[job.beside], rngs[2])
+        target = own[job.target] if job.beside is None else own[job.target] - other[job.beside]
+        wanted, inputs = _rows(layer, target, first_rng), patches(layer, other[names[0]], second_rng)
         lack = wanted.reshape(len(wanted), groups, -1).transpose(1, 0, 2) - bias[:, None]
         sums.add(lack - inputs @ weights.transpose(0, 2, 1), inputs)
         low, high = min(low, float(inputs.min())), max(high, float(inputs.max()))
@@ -147,13 +158,10 @@ def _observed(
 
 def _rows(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(rows, channels) of an output, at the places where `patches` takes inputs."""
-    if layer.node.op_type == "Conv":
-        rank = array.ndim - 2
-        return window_rows(array, (1,) * rank, ((0, 0),) * rank, rng)
-    rows = array.reshape(-1, array.shape[-1])
-    if len(rows) > POSITIONS * max(1, array.shape[0]):
-        rows = rows[rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
-    return rows
+    if layer.node.op_type != "Conv":
+        return matrix_rows(array, rng)
+    rank = array.ndim - 2
+    return window_rows(array, (1,) * rank, ((0, 0),) * rank, rng)
 
 
 def _apply(graph: ir.Graph, job: _Job, moments: PairedMoments, rounding: float) -> bool:
@@ -196,11 +204,13 @@ def _weights(layer: Layer) -> np.ndarray:
 
 
 def _store(graph: ir.Graph, layer: Layer, weights: np.ndarray) -> None:
+    """A Gemm's alpha becomes 1."""
     stored = constant_of(layer.node.inputs[layer.weight_index])
     assert stored is not None
-    alpha = float(attribute(layer.node, "alpha", 1.0)) if layer.node.op_type == "Gemm" else 1.0
+    if layer.node.op_type == "Gemm":
+        layer.node.attributes.pop("alpha", None)
     moved = np.moveaxis(stored, layer.channel_axis, 0).shape
-    array = np.moveaxis((weights / alpha).reshape(moved), 0, layer.channel_axis)
+    array = np.moveaxis(weights.reshape(moved), 0, layer.channel_axis)
     set_constant(graph, layer.node, layer.weight_index, np.ascontiguousarray(array, dtype=stored.dtype))
 
 

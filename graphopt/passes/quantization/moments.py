@@ -141,10 +141,7 @@ def patches(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.nda
     """
     node = layer.node
     if node.op_type != "Conv":
-        rows = array.reshape(-1, array.shape[-1])
-        if len(rows) > POSITIONS * max(1, array.shape[0]):
-            rows = rows[rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
-        return rows[None]
+        return matrix_rows(array, rng)[None]
     weights = constant_of(node.inputs[1])
     assert weights is not None
     kernel, sizes = weights.shape[2:], array.shape[2:]
@@ -154,6 +151,14 @@ def patches(layer: Layer, array: np.ndarray, rng: np.random.Generator) -> np.nda
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     rows = window_rows(array, reach, _pads(node, sizes, reach, strides), rng, strides, dilations)
     return rows.reshape(len(rows), attribute(node, "group", 1), -1).transpose(1, 0, 2)
+
+
+def matrix_rows(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(rows, last axis) of a batch of what a matrix product reads or writes: as many places as of a convolution."""
+    rows = array.reshape(-1, array.shape[-1])
+    if len(rows) > POSITIONS * max(1, array.shape[0]):
+        rows = rows[rng.choice(len(rows), POSITIONS * array.shape[0], replace=False)]
+    return rows
 
 
 def window_rows(
