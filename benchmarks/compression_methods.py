@@ -1,0 +1,64 @@
+"""The methods that `compression` compares: each a ladder of settings."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from compiled_race import Maker, Version, points
+
+FP32, INT8 = "fp32", "INT8"
+INT8_PASSES = "quantize-int8"
+
+
+@dataclass(frozen=True)
+class Method:
+    """`ladder`: what a setting is called, and its passes behind the exact ones."""
+
+    name: str
+    ladder: tuple[tuple[str, str], ...]
+    climbs: bool = True
+    """The mildest setting comes first, and the last one that holds is taken; else the first one that holds."""
+
+
+def _low_rank(ratio: float) -> tuple[str, str]:
+    # By default the pass splits no layer that does not become 1.25 times cheaper: all ratios above 0.8 were the same.
+    return f"{ratio:g} of the layers' MACs", f"low-rank-split{{ratio={ratio:g},min_saving=1}},refit-layers"
+
+
+def _pruning(ratio: float) -> tuple[str, str]:
+    return f"{ratio:g} of the MACs cut", f"prune-channels{{ratio={ratio:g}}},refit-layers"
+
+
+METHODS = {
+    "low-rank": Method("low-rank alone", tuple(_low_rank(r) for r in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5))),
+    "pruning": Method("pruning alone", tuple(_pruning(r) for r in (0.03, 0.05, 0.1, 0.15, 0.2, 0.3))),
+    "INT4": Method(
+        "INT4 weights",
+        (("all layers", "quantize-int4"), ("mixed with 8 bits", "quantize-int4{bits=mixed}")),
+        climbs=False,
+    ),
+}
+
+
+def strongest(maker: Maker, method: Method, max_drop: float) -> tuple[str, Version] | str:
+    """The strongest setting within the bound and what it made, or why there is none; progress goes to stderr."""
+    kept: tuple[str, Version] | None = None
+    failed: list[str] = []
+    for setting, passes in method.ladder:
+        version = maker.make(passes)
+        what = f"loses {points(version.lost)} points" if version.changed else "changes nothing"
+        print(f"{maker.which.name}, {method.name}, {setting}: {what}", file=sys.stderr, flush=True)
+        if not version.changed:
+            continue
+        if version.lost <= max_drop:
+            kept = setting, version
+            if not method.climbs:
+                break
+        else:
+            failed.append(f"{setting} {what}")
+            if method.climbs:
+                break
+    if kept is not None:
+        return kept
+    return f"none within {max_drop:g}: {'; '.join(failed) or 'no setting changes anything'}"
