@@ -1,14 +1,17 @@
 """Each way to make a classifier smaller or faster at its strongest within a point of top-1, in one race of all.
 
     python benchmarks/compression.py [--models NAME ...] [--methods low-rank pruning INT4 auto] [--auto FOLDER]
-                                     [--max-drop 1.0] [--evaluate N] [--threads 1] [--tune-seconds 20] [--seconds 30]
+                                     [--max-drop 1.0] [--whole-ladder] [--evaluate N] [--threads 1]
+                                     [--tune-seconds 20] [--seconds 30]
     python benchmarks/compression.py --curves MODEL --picture OUT.svg [--auto FOLDER] ...
 
 Models and pictures: see `shared_data`. 200 samples calibrate (400 of CIFAR-10, 1000 of MNIST), all others, or N of
 them, evaluate, in ONNX Runtime. A method goes from its mildest setting on until one loses more than `--max-drop`; the
-one before is compiled for this machine, as fp32 and plain INT8 are, and all take turns. Settings that leave the model
-as it is do not count. INT4 is first tried for all layers, then with those in 8 bits that need it; TVM folds 4-bit
-weights to float32, so its latency says nothing about 4 bits. MACs, parameters: shares of the fp32 model's.
+one before is compiled for this machine, as fp32 and plain INT8 are, and all take turns. With `--whole-ladder` every
+setting is tried, all within the bound are timed, and the fastest has the row: the next setting of a ladder may lose
+less or take longer. Settings that leave the model as it is do not count. INT4 is first tried for all layers, then with
+those in 8 bits that need it; TVM folds 4-bit weights to float32, so its latency says nothing about 4 bits. MACs,
+parameters: shares of the fp32 model's.
 
 `--auto`: FOLDER/NAME are artifacts of `graphopt optimize --preset auto --calib-samples N`. Their figures come from
 their own report: accuracy from its evaluation data, latency and ratios from the race in that run, in which fp32 and
@@ -21,6 +24,7 @@ INT8 took part.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +34,7 @@ from pathlib import Path
 from compiled_race import Maker, Version, pictures, points, race
 from compression_auto import AutoRun, read_auto
 from compression_curves import draw_curves
-from compression_methods import FP32, INT8, INT8_PASSES, METHODS, strongest
+from compression_methods import FP32, INT8, INT8_PASSES, METHODS, within
 from shared_data import CLASSIFIERS, Classifier
 
 from graphopt.measure import PairedResult, Ratio
@@ -69,24 +73,27 @@ class Row:
 def compare(which: Classifier, given: argparse.Namespace, folder: Path) -> None:
     """Prints the rows of one model."""
     maker = Maker(which, folder, given.threads, given.evaluate)
-    found = {FP32: ("as it is", maker.exact), INT8: ("all layers", maker.make(INT8_PASSES))}
+    found = {FP32: {"as it is": maker.exact}, INT8: {"all layers": maker.make(INT8_PASSES)}}
     missing: dict[str, str] = {}
     for key, method in METHODS.items():
         if key in given.methods:
-            kept = strongest(maker, method, given.max_drop)
+            kept = within(maker, method, given.max_drop, given.whole_ladder)
             if isinstance(kept, str):
                 missing[method.name] = kept
             else:
                 found[method.name] = kept
+    lanes = {_lane(name, setting): v.model for name, settings in found.items() for setting, v in settings.items()}
     result = race(
-        {name: version.model for name, (_, version) in found.items()}, FP32, maker.source, pictures(maker.evaluation),
+        lanes, FP32, maker.source, pictures(maker.evaluation),
         threads=given.threads, tune_seconds=given.tune_seconds, seconds=given.seconds,
     )  # fmt: skip
     for name, why in result.failed.items():
         print(f"{which.name}, {name}: not timed: {why}", file=sys.stderr)
     for name in (FP32, INT8, *(method.name for method in METHODS.values())):
         if name in found:
-            _print(which, _row(name, *found[name], result).cells(maker.exact))
+            rows = [_row(name, setting, version, result) for setting, version in found[name].items()]
+            fastest = min(rows, key=lambda row: math.inf if row.latency_s is None else row.latency_s)
+            _print(which, fastest.cells(maker.exact))
         elif name in missing:
             _print(which, (name, missing[name]))
     if "auto" in given.methods:
@@ -94,14 +101,19 @@ def compare(which: Classifier, given: argparse.Namespace, folder: Path) -> None:
         _print(which, ("auto", "not run") if auto is None else _auto_row(auto).cells(maker.exact))
 
 
+def _lane(name: str, setting: str) -> str:
+    return name if name in (FP32, INT8) else f"{name} {setting}"
+
+
 def _row(name: str, setting: str, version: Version, result: PairedResult) -> Row:
-    timed = name in result.names
+    lane = _lane(name, setting)
+    timed = lane in result.names
     ratios: Mapping[str, Ratio] = {
-        base: result.ratio(base, name) for base in (FP32, INT8) if timed and base in result.names and base != name
+        base: result.ratio(base, lane) for base in (FP32, INT8) if timed and base in result.names and base != lane
     }
     return Row(
-        name, setting, version.top1, version.lost, version.macs,
-        version.parameter_bytes, result.stats[name].median_s if timed else None, ratios.get(FP32), ratios.get(INT8),
+        name, setting, version.top1, version.lost, version.macs, version.parameter_bytes,
+        result.stats[lane].median_s if timed else None, ratios.get(FP32), ratios.get(INT8),
     )  # fmt: skip
 
 
@@ -129,6 +141,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods, help="besides fp32 and INT8")
     parser.add_argument("--auto", type=Path, help="folder of artifacts, one for each model")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points of top-1")
+    parser.add_argument("--whole-ladder", action="store_true", help="go on where a setting fails; time all that hold")
     parser.add_argument("--evaluate", type=int, help="evaluate on so many samples instead of all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tune-seconds", type=float, default=20.0, help="schedule search of each compiled model")

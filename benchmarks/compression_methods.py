@@ -41,24 +41,24 @@ METHODS = {
 }
 
 
-def strongest(maker: Maker, method: Method, max_drop: float) -> tuple[str, Version] | str:
-    """The strongest setting within the bound and what it made, or why there is none; progress goes to stderr."""
-    kept: tuple[str, Version] | None = None
+def within(maker: Maker, method: Method, max_drop: float, whole: bool) -> dict[str, Version] | str:
+    """The strongest setting within the bound and what it made, or why there is none; progress goes to stderr.
+
+    `whole`: no setting is left out because a milder one failed, and all that are within the bound are given.
+    """
+    kept: dict[str, Version] = {}
     failed: list[str] = []
     for setting, passes in method.ladder:
         version = maker.make(passes)
         what = f"loses {points(version.lost)} points" if version.changed else "changes nothing"
-        print(f"{maker.which.name}, {method.name}, {setting}: {what}", file=sys.stderr, flush=True)
+        share = f"{version.macs / maker.exact.macs:.3f} of the MACs"
+        print(f"{maker.which.name}, {method.name}, {setting}: {share}, {what}", file=sys.stderr, flush=True)
         if not version.changed:
             continue
         if version.lost <= max_drop:
-            kept = setting, version
-            if not method.climbs:
-                break
+            kept = {**(kept if whole else {}), setting: version}
         else:
             failed.append(f"{setting} {what}")
-            if method.climbs:
-                break
-    if kept is not None:
-        return kept
-    return f"none within {max_drop:g}: {'; '.join(failed) or 'no setting changes anything'}"
+        if not whole and (version.lost > max_drop) == method.climbs:
+            break
+    return kept or f"none within {max_drop:g}: {'; '.join(failed) or 'no setting changes anything'}"
