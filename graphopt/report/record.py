@@ -122,8 +122,8 @@ class OfferRecord:
     """Of the pass's option that takes offers."""
     cost: float
     """Of the whole model then, predicted, over that of the plain pipeline."""
-    noise_db: float
-    """Signal-to-noise of the outputs, the worst one's, in full precision on calibration samples."""
+    noise: float
+    """Of the outputs in full precision, on calibration samples: in the unit of `SearchRecord.noise_unit`."""
     agreement: float | None
     """Share of these samples with the same largest output, in percent; None where outputs are not classes."""
 
@@ -148,7 +148,7 @@ class TrialRecord:
     cost: float
     """Predicted: seconds of all kernels, or bytes of parameters."""
     noise: float
-    """Predicted: error energy over output energy that the choices add in full precision."""
+    """Predicted: what the choices add in full precision, in the same unit."""
     drop: float | None
     accuracy: Mapping[str, Any] | None
     within_bound: bool
@@ -161,6 +161,8 @@ class SearchRecord:
     """What a search for the settings of all layers found."""
 
     objective: str
+    noise_unit: str
+    """`nats` of divergence of the class probabilities, or `energy`: of the error over that of the outputs."""
     plain_cost: float
     """Of the plain pipeline: seconds of all its kernels, or bytes of its parameters."""
     offers: tuple[OfferRecord, ...]

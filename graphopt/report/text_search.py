@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,14 +18,14 @@ def search_text(report: Mapping[str, Any]) -> RenderableType | None:
     if not search:
         return None
     table = Table(title=_title(search), title_justify="left", title_style="bold")
-    for heading in ("recipe", "predicted", "measured", "noise added", "accuracy", "lost"):
+    for heading in ("recipe", "predicted", "measured", f"noise added, {search['noise_unit']}", "accuracy", "lost"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
     for trial in search["trials"]:
         table.add_row(
             Text(trial["pipeline"]),
             f"{trial['cost'] / search['plain_cost']:.3f}",
             "-" if trial["measured"] is None else f"{trial['measured']:.3f}",
-            f"{10 * math.log10(trial['noise']):.1f} dB" if trial["noise"] else "-",
+            f"{trial['noise']:.3g}",
             accuracy(trial["accuracy"]),
             "failed" if trial["drop"] is None else f"{trial['drop']:.2f}",
             style="green" if trial["within_bound"] else None,

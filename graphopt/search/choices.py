@@ -26,7 +26,7 @@ class Choice:
     after: Mapping[str, Amounts]
     """Of the layers that it changes, by original node; zero for those that go away."""
     noise: float
-    """Energy of the outputs' error over that of the outputs, on calibration samples, the worst output's."""
+    """What it does to the outputs on calibration samples: see `graphopt.search.sensitivity`."""
     agreement: float | None
     """Share of these samples with the same largest output, in percent; None where outputs are not classes."""
 

@@ -4,7 +4,7 @@
 2. Paths: recipes from the plain pipeline down to a fraction of its cost, each the least noise for its cost: one of all
    passes together, and one of each pass alone, since noises of different kinds do not weigh the same.
 3. Trials: whole models, made and evaluated. Along a path accuracy falls with cost, so a path is bisected for the
-   cheapest recipe that keeps the bound.
+   cheapest recipe that keeps the bound, from where little noise is added.
 4. The cheapest are compiled, and those whose kernels take less time than the plain pipeline's go into the race.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +44,8 @@ TRIALS = 0.85
 """Of the time: when the last trial must begin."""
 RACING = 3
 """Recipes that are compiled at most."""
-FIRST_NOISE = 0.02
-"""Added noise, over the outputs' energy (-17 dB), of the first recipe of a path that is tried."""
+FIRST_NOISE = {"nats": 0.03, "energy": 0.01}
+"""Noise added in the first recipe of a path that is tried: about what costs half a point, or leaves 20 dB."""
 WORTH = 0.99
 """A recipe's kernels must take less than this of the plain pipeline's time to race against it."""
 VERSIONS = 8
@@ -85,10 +85,12 @@ class Search:
         whole = cost({})
         sensitivity = Sensitivity(self.exact.model, self._known_data, self.source.signature, self.context.seed)
         choices = weigh(bench, offers, sensitivity, lambda choice: 1 - cost({choice.place: choice}) / whole)
-        complete = self._try_paths(choices, offering, base, cost)
+        unit = "nats" if sensitivity.classes else "energy"
+        complete = self._try_paths(choices, offering, base, cost, FIRST_NOISE[unit])
         best = self._cheapest(base, table is not None)
         record = SearchRecord(
             self.objective,
+            unit,
             whole,
             tuple(_offer_record(choice, cost, whole) for choice in choices),
             () if table is None else _timed_layers(table),
@@ -144,7 +146,9 @@ class Search:
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
-    def _try_paths(self, choices: Sequence[Choice], offering: Sequence[Pass], base: Pipeline, cost: Cost) -> bool:
+    def _try_paths(
+        self, choices: Sequence[Choice], offering: Sequence[Pass], base: Pipeline, cost: Cost, first: float
+    ) -> bool:
         """Bisect the path of all choices, then those of each pass alone; False when time ran out."""
         names = sorted({choice.pass_name for choice in choices})
         groups = [set(names), *({name} for name in names if len(names) > 1)]
@@ -155,7 +159,7 @@ class Search:
                 f"down to {steps[-1].cost / steps[0].cost:.3f} of the cost"
             )
             best = self._best_cost()
-            for step in _bisect([steps[0], *(step for step in steps[1:] if step.cost < best)], self._held):
+            for step in _bisect([steps[0], *(step for step in steps[1:] if step.cost < best)], self._held, first):
                 if time.perf_counter() > self._at(TRIALS):
                     return False
                 self._try(step, offering, base)
@@ -234,10 +238,10 @@ def _in_one(each: Pass) -> Pass:
     return replace(each, portions=1) if hasattr(each, "portions") else each  # pyright: ignore[reportCallIssue,reportArgumentType]
 
 
-def _bisect(steps: Sequence[Step], held) -> Iterator[Step]:
+def _bisect(steps: Sequence[Step], held: Callable[[Step], bool], noise: float) -> Iterator[Step]:
     """Steps to try, each chosen by how those before it went (`held` says): the last that holds is among them."""
     low, high = 0, len(steps)  # holds, fails
-    first = next((i for i, step in enumerate(steps) if step.noise >= FIRST_NOISE), len(steps) - 1)
+    first = next((i for i, step in enumerate(steps) if step.noise >= noise), len(steps) - 1)
     at = max(1, min(first, len(steps) - 1))
     while high - low > 1:
         yield steps[at]
@@ -246,9 +250,8 @@ def _bisect(steps: Sequence[Step], held) -> Iterator[Step]:
 
 
 def _offer_record(choice: Choice, cost: Cost, whole: float) -> OfferRecord:
-    noise_db = -10 * math.log10(choice.noise) if choice.noise > 0 else math.inf
     share = cost({choice.place: choice}) / whole
-    return OfferRecord(choice.pass_name, choice.value, share, noise_db, choice.agreement)
+    return OfferRecord(choice.pass_name, choice.value, share, choice.noise, choice.agreement)
 
 
 def _timed_layers(table: LatencyTable) -> tuple[TimedLayer, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from graphopt.search.choices import Choice, Selection, with_choice
 
 MOST_NOISE = 1.0
-"""A path ends where the error is as large as the outputs."""
+"""A path ends where the error is as large as the outputs, or the divergence is one nat."""
 LEAST_GAIN = 1e-4
 """A choice must save this share of the whole cost."""
 Cost = Callable[[Selection], float]
@@ -22,7 +22,7 @@ Cost = Callable[[Selection], float]
 
 @dataclass(frozen=True)
 class Step:
-    """A selection on a path: its predicted cost (seconds, or bytes) and the noise its choices add."""
+    """A selection on a path: its predicted cost (seconds, or bytes) and the noise its choices add (see sensitivity)."""
 
     selection: Selection
     cost: float
