@@ -27,8 +27,8 @@ LEAST_PROBABILITY = 1e-9
 
 @dataclass(frozen=True)
 class Effect:
-    """`noise`: nats of divergence, or the worst output's error energy over its energy (see above). `agreement` in percent;
-    None without classes."""
+    """`noise`: nats of divergence, or the worst error energy over output energy. `agreement` in percent; None without
+    classes."""
 
     noise: float
     agreement: float | None
