@@ -102,6 +102,8 @@ class Settings:
             raise SpecError(f"unknown objective {objective!r}", hint=f"known: {known}")
         if objective is not None and self.calib in (None, "random"):
             raise SpecError("a search for the best settings needs real data", hint="give --calib DATA")
+        if objective == "latency" and self.engine == "onnxruntime":
+            raise SpecError("the search for latency times compiled kernels", hint="leave --engine out")
 
         def absolute(path: str | None) -> str | None:
             return None if path is None else str(Path(path).absolute())

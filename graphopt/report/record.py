@@ -163,8 +163,10 @@ class SearchRecord:
     objective: str
     noise_unit: str
     """`nats` of divergence of the class probabilities, or `energy`: of the error over that of the outputs."""
+    cost_unit: str
+    """`seconds` of all kernels, or `bytes` of parameters."""
     plain_cost: float
-    """Of the plain pipeline: seconds of all its kernels, or bytes of its parameters."""
+    """Of the plain pipeline."""
     offers: tuple[OfferRecord, ...]
     layers: tuple[TimedLayer, ...]
     trials: tuple[TrialRecord, ...]

@@ -49,6 +49,6 @@ def prediction_error(search: Mapping[str, Any]) -> float | None:
 
 
 def _title(search: Mapping[str, Any]) -> str:
-    what = {"latency": "time of all kernels", "size": "bytes of parameters"}[search["objective"]]
+    what = {"seconds": "time of all kernels", "bytes": "bytes of parameters"}[search["cost_unit"]]
     open_ = "" if search["complete"] else "; time ran out before all were tried"
     return f"Search: {what}, over the plain pipeline's; {len(search['offers'])} choices weighed{open_}"

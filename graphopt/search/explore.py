@@ -91,6 +91,7 @@ class Search:
         record = SearchRecord(
             self.objective,
             unit,
+            "bytes" if table is None else "seconds",
             whole,
             tuple(_offer_record(choice, cost, whole) for choice in choices),
             () if table is None else _timed_layers(table),
@@ -121,7 +122,10 @@ class Search:
             return None
         share = self.compiler.settings.tune_seconds / VERSIONS
         clock = Clock(self.exact.model, base, self.context, self.compiler, self.times, share)
-        return time_layers(bench, offering, offers, clock)
+        table = time_layers(bench, offering, offers, clock)
+        if table is None:
+            self.context.progress.note("the plain pipeline cannot be compiled: bytes of parameters stand for time")
+        return table
 
     def _bytes(self, selection: Selection) -> float:
         """Bytes of the parameters with these choices: those of float layers shrink as their weights' bits do."""
@@ -160,9 +164,8 @@ class Search:
             )
             best = self._best_cost()
             for step in _bisect([steps[0], *(step for step in steps[1:] if step.cost < best)], self._held, first):
-                if time.perf_counter() > self._at(TRIALS):
+                if not self._try(step, pipeline_of(step.selection, offering, base)):
                     return False
-                self._try(step, offering, base)
         return True
 
     def _held(self, step: Step) -> bool:
@@ -172,23 +175,26 @@ class Search:
     def _best_cost(self) -> float:
         return min((trial.cost for trial in self._trials.values() if trial.within_bound), default=math.inf)
 
-    def _try(self, step: Step, offering: Sequence[Pass], base: Pipeline) -> None:
-        pipeline = pipeline_of(step.selection, offering, base)
+    def _try(self, step: Step, pipeline: Pipeline) -> bool:
+        """Make and evaluate a recipe, or remember what came of it; False where there is no time left for it."""
         key = str(pipeline)
         known = self.ledger.find("trial", f"{self.judge.bound} {key}")
         if known is None:
+            if time.perf_counter() > self._at(TRIALS):
+                return False
             try:
                 variant = self._variant(pipeline)
             except GraphoptError as error:
                 self.context.progress.note(f"a recipe failed: {error}")
                 self._trials[key] = TrialRecord(key, step.cost, step.noise, None, None, False)
-                return
+                return True
             record = variant.record
             known = {"drop": record.drop, "accuracy": record.accuracy, "within": record.within_bound}
             self.ledger.add("trial", f"{self.judge.bound} {key}", known)
         self._trials[key] = TrialRecord(key, step.cost, step.noise, known["drop"], known["accuracy"], known["within"])
         lost = "" if known["drop"] is None else f", {known['drop']:.2f} points lost"
         self.context.progress.note(f"recipe at {step.cost:.4g}, noise {step.noise:.3g}{lost}")
+        return True
 
     def _variant(self, pipeline: Pipeline) -> Variant:
         key = str(pipeline)
