@@ -6,11 +6,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from graphopt.targets.relax import pipeline
 from tests.targets.integer_models import integer_conv
 from tests.targets.oracle import TARGET, compiled, model, node, reference
+
+CASES = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def qoperator_model(per_channel: bool) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
@@ -126,3 +130,31 @@ def test_dynamic_quantization():
     found, wanted = compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"]
     # one byte may be rounded the other way: a quantum of x times a weight, in each sum
     assert np.abs(found - wanted).max() <= 2 * 6 / 255 * 1.27 + 1e-4
+
+
+@CASES
+@given(
+    seed=st.integers(0, 999),
+    channels=st.sampled_from([1, 5, 16, 40]),
+    size=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    zero=st.sampled_from([0, 7, 128]),
+    op=st.sampled_from(["GlobalAveragePool", "ReduceMean", "ReduceSum"]),
+)
+def test_a_mean_of_bytes_that_is_an_output_is_divided(seed, channels, size, zero, op):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (1, channels, *size)).astype(np.uint8)
+    scale = np.float32(rng.uniform(0.001, 1))
+    attributes = {} if op == "GlobalAveragePool" else {"keepdims": 1}
+    inputs, constants = ["xd"], {"s": scale, "z": np.uint8(zero)}
+    if op == "ReduceSum":
+        inputs, constants["axes"] = ["xd", "axes"], np.array([2, 3])
+    elif op == "ReduceMean":
+        attributes["axes"] = [2, 3]
+    nodes = [node("DequantizeLinear", ["x", "s", "z"], ["xd"]), node(op, inputs, ["y"], **attributes)]
+    found = compiled(model(nodes, {"x": x}, ["y"], constants), {"x": x}, TARGET)["y"]
+    wanted = scale.astype(np.float64) * (x.astype(np.float64) - zero).sum(axis=(2, 3), keepdims=True)
+    wanted = wanted if op == "ReduceSum" else wanted / (size[0] * size[1])
+    # Sums of bytes are exact; the factor and its product with the sum round, a sum in float rounds at each addition.
+    terms = np.abs(x.astype(np.float64) - zero).sum(axis=(2, 3), keepdims=True) * float(scale)
+    terms = terms if op == "ReduceSum" else terms / (size[0] * size[1])
+    assert (np.abs(found - wanted) <= (4 + size[0] * size[1]) * 2.0**-24 * terms).all()

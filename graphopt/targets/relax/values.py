@@ -317,9 +317,8 @@ class Builder:
 
     def finished(self, result: Sums, block: int) -> Any:
         """float32 of a layer's sums, in registers."""
-        along = [
-            block_array(x.astype(np.float32).reshape(1, -1, 1, 1), block) for x in (result.factors, result.offsets)
-        ]
+        divided = (x / result.divisor for x in (result.factors, result.offsets))
+        along = [block_array(x.astype(np.float32).reshape(1, -1, 1, 1), block) for x in divided]
         bounds = [None if math.isinf(x) else x for x in (result.low, result.high)]
         constants = [self.constant(x) for x in along]
         return self.call(
