@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from graphopt.calibration import Dataset
 from graphopt.candidates import Compiler
 from graphopt.errors import GraphoptError
 from graphopt.mixing import total
@@ -33,7 +34,7 @@ from graphopt.search.latency_table import LatencyTable
 from graphopt.search.layers import Amounts
 from graphopt.search.ledger import Ledger
 from graphopt.search.paths import Cost, Step, path
-from graphopt.search.sensitivity import Sensitivity
+from graphopt.search.sensitivity import SAMPLES, Sensitivity
 from graphopt.search.tables import Workbench, list_offers, time_layers, weigh
 from graphopt.variants import Data, Judge, Source, Variant, make_lossy
 from graphopt.verify import Reference
@@ -46,6 +47,8 @@ RACING = 3
 """Recipes that are compiled at most."""
 FIRST_NOISE = {"nats": 0.03, "energy": 0.01}
 """Noise added in the first recipe of a path that is tried: about what costs half a point, or leaves 20 dB."""
+FITTED = 4
+"""Calibration samples must be so many times SAMPLES for these to be kept from the fit: what was fitted to flatters."""
 WORTH = 0.99
 """A recipe's kernels must take less than this of the plain pipeline's time to race against it."""
 VERSIONS = 8
@@ -78,12 +81,14 @@ class Search:
         """Variants that keep the bound and cost less than `plain`, the cheapest first; and what was found out."""
         base = self._base()
         offering = [_in_one(each) for each in offering_passes()]
-        bench = Workbench(self.exact.model, self.context, self.compiler, self.ledger, self._at(TABLES))
+        fitted, watched = _apart(self._known_data, self.context.seed)
+        context = replace(self.context, data=fitted)
+        bench = Workbench(self.exact.model, context, self.compiler, self.ledger, self._at(TABLES))
         offers = list_offers(bench, offering)
         table = self._latency_table(bench, offering, offers, base)
         cost = self._bytes if table is None else table.predict
         whole = cost({})
-        sensitivity = Sensitivity(self.exact.model, self._known_data, self.source.signature, self.context.seed)
+        sensitivity = Sensitivity(self.exact.model, watched, self.source.signature)
         choices = weigh(bench, offers, sensitivity, lambda choice: 1 - cost({choice.place: choice}) / whole)
         unit = "nats" if sensitivity.classes else "energy"
         complete = self._try_paths(choices, offering, base, cost, FIRST_NOISE[unit])
@@ -237,6 +242,14 @@ class Search:
             settings.measure_seconds / PARTS,
         )
         return total(taken["this"]) / total(taken["plain"])
+
+
+def _apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """What offers are fitted to, and other samples to see their effect on; all for both where there are few."""
+    if len(data) < FITTED * SAMPLES:
+        return data, data.draw(min(SAMPLES, len(data)), seed)[0]
+    watched, fitted = data.draw(SAMPLES, seed)
+    return fitted, watched
 
 
 def _in_one(each: Pass) -> Pass:

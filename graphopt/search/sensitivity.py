@@ -20,6 +20,7 @@ from graphopt.calibration.observe import open_session
 from graphopt.model import Signature, to_bytes
 
 SAMPLES = 32
+"""Enough to tell choices apart."""
 BATCH = 8
 LEAST_PROBABILITY = 1e-9
 """What a softmax in float32 leaves of less is rounding."""
@@ -35,10 +36,10 @@ class Effect:
 
 
 class Sensitivity:
-    """The outputs of `reference` on a few samples of `dataset`, and what other models make of these."""
+    """The outputs of `reference` on `dataset`, a few samples, and what other models make of these."""
 
-    def __init__(self, reference: ir.Model, dataset: Dataset, signature: Signature, seed: int):
-        self._data, _ = dataset.draw(min(SAMPLES, len(dataset)), seed)
+    def __init__(self, reference: ir.Model, dataset: Dataset, signature: Signature):
+        self._data = dataset
         self.classes = is_classifier(signature)
         self._wanted = self._outputs(reference)
 

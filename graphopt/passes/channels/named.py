@@ -20,7 +20,7 @@ from graphopt.passes.channels.families import Family, Room
 from graphopt.passes.channels.importance import Ranking
 
 MOST_OFFERS = 6
-"""Counts offered for one layer: what lies between them differs by less than can be told apart by measuring."""
+"""Counts offered for one layer."""
 DEEPEST = 0.25
 """Share of a layer's outputs that the deepest of them leaves."""
 
@@ -137,8 +137,8 @@ def offered(
 ) -> Iterator[tuple[str, int, list[int]]]:
     """Layer, outputs left and classes cut: of each layer that is the first to write some family, the mildest first.
 
-    The counts are multiples of `block` that whole classes come to, at most `MOST_OFFERS` of them, evenly spread, from
-    the largest down to a share of `DEEPEST`.
+    The counts are multiples of `block` that whole classes come to, at most `MOST_OFFERS` of them, from the
+    largest down to a share of `DEEPEST`; what is cut grows by about the same factor, since a network bears little.
     """
     seen: set[Family] = set()
     room = Room(channels, least)
@@ -155,7 +155,7 @@ def offered(
         ends = [end for end in ends if outputs.left(order[:end]) % block == 0]
         possible = [end for end in ends if room.fits(order[:end])]
         deep = [end for end in possible if outputs.left(order[:end]) >= DEEPEST * outputs.count] or possible[:1]
-        chosen = np.linspace(0, len(deep) - 1, min(MOST_OFFERS, len(deep))).round().astype(int)
+        chosen = np.unique(np.geomspace(1, len(deep), MOST_OFFERS).round().astype(int) - 1) if deep else []
         for end in (deep[index] for index in chosen):
             yield name, outputs.left(order[:end]), order[:end]
 
