@@ -39,8 +39,8 @@ from graphopt.search.tables import Workbench, list_offers, time_layers, weigh
 from graphopt.variants import Data, Judge, Source, Variant, make_lossy
 from graphopt.verify import Reference
 
-TABLES = 0.5
-"""Of the time: when tables must be done."""
+TIMES, TABLES = 0.35, 0.6
+"""Of the time: when the latency table must be done, and when the sensitivity table."""
 TRIALS = 0.85
 """Of the time: when the last trial must begin."""
 RACING = 3
@@ -83,12 +83,13 @@ class Search:
         offering = [_in_one(each) for each in offering_passes()]
         fitted, watched = _apart(self._known_data, self.context.seed)
         context = replace(self.context, data=fitted)
-        bench = Workbench(self.exact.model, context, self.compiler, self.ledger, self._at(TABLES))
+        bench = Workbench(self.exact.model, context, self.compiler, self.ledger, self._at(TIMES))
         offers = list_offers(bench, offering)
         table = self._latency_table(bench, offering, offers, base)
         cost = self._bytes if table is None else table.predict
         whole = cost({})
         sensitivity = Sensitivity(self.exact.model, watched, self.source.signature)
+        bench = replace(bench, deadline=self._at(TABLES))
         choices = weigh(bench, offers, sensitivity, lambda choice: 1 - cost({choice.place: choice}) / whole)
         unit = "nats" if sensitivity.classes else "energy"
         complete = self._try_paths(choices, offering, base, cost, FIRST_NOISE[unit])
