@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tomllib
 from click.testing import CliRunner
 
 import graphopt
@@ -14,7 +13,7 @@ from graphopt import model as models
 from graphopt.cli import group
 from graphopt.errors import GraphoptError, SpecError
 from graphopt.search.explore import Search
-from graphopt.settings import read_pick
+from graphopt.settings import read_pick, read_recipe
 
 DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits"
 FAST = {"tune_seconds": 0.0, "measure_seconds": 1.0, "threads": 1, "search_seconds": 600.0}
@@ -86,14 +85,15 @@ def test_the_front_is_written_and_each_point_can_be_made_again(found, home, monk
 
 def test_the_recipe_replays_what_was_delivered_without_a_search(found, home, monkeypatch):
     monkeypatch.setenv("GRAPHOPT_CACHE", str(home / "cache"))
-    recipe = tomllib.loads((home / "out" / "recipe.toml").read_text())["optimize"]
+    recipe = read_recipe(home / "out" / "recipe.toml")
     chosen = found.report.chosen()
+    assert chosen is not None
     assert recipe["passes"] == found.report.variant(chosen.variant).pipeline and "objective" not in recipe
     again = graphopt.optimize(output=home / "again", **recipe)
     assert again.report.search is None
     name = "final" if len(again.report.variants) > 1 else "exact"
     delivered = models.digest(models.load(home / "out" / "model.onnx"))
-    if again.report.choice.variant == name:
+    if again.report.choice is not None and again.report.choice.variant == name:
         assert models.digest(models.load(home / "again" / "model.onnx")) == delivered
 
 
@@ -111,7 +111,7 @@ def test_a_search_goes_on_where_it_was_interrupted(found, home, monkeypatch):
     monkeypatch.setattr(Search, "_variant", counted)
     again = graphopt.optimize(DIGITS / "digits.onnx", preset="auto", max_drop=1.0, **DATA, **FAST)
     assert notes.read_bytes() == before  # nothing was measured again
-    assert again.report.search.trials and found.report.search.trials
+    assert again.report.search is not None and again.report.search.trials
     assert [t.pipeline for t in again.report.search.trials] == [t.pipeline for t in found.report.search.trials]
     assert set(made) <= {t.pipeline for t in found.report.search.trials if t.within_bound}  # only to race
 
@@ -122,7 +122,7 @@ def test_size_is_an_objective_too(home, monkeypatch):
         DIGITS / "digits.onnx", preset="auto", objective="size", engine="onnxruntime", **DATA, **FAST
     )
     search = result.report.search
-    assert search.objective == "size" and not search.layers
+    assert search is not None and search.objective == "size" and not search.layers
     made = [v for v in result.report.variants if v.name.startswith("auto")]
     assert made and min(v.parameter_bytes for v in made) < result.report.variant("final").parameter_bytes
 

@@ -144,7 +144,7 @@ def test_a_mean_of_bytes_that_is_an_output_is_divided(seed, channels, size, zero
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 256, (1, channels, *size)).astype(np.uint8)
     scale = np.float32(rng.uniform(0.001, 1))
-    attributes = {} if op == "GlobalAveragePool" else {"keepdims": 1}
+    attributes: dict[str, object] = {} if op == "GlobalAveragePool" else {"keepdims": 1}
     inputs, constants = ["xd"], {"s": scale, "z": np.uint8(zero)}
     if op == "ReduceSum":
         inputs, constants["axes"] = ["xd", "axes"], np.array([2, 3])
