@@ -3,8 +3,8 @@
     python benchmarks/pipelines.py MODEL [--samples N] PIPELINE [PIPELINE ...]
 
 MODEL is a name of `shared_data`. N pictures (200) calibrate, others evaluate; divergence is the mean over 128 of these
-of KL(p || q) of the class probabilities, in nats (graphopt/search/sensitivity.py). Everything runs in ONNX Runtime, behind
-`simplify,fold-batch-norm`.
+of KL(p || q) of the class probabilities, in nats (graphopt/search/sensitivity.py). Everything runs in ONNX Runtime,
+behind `simplify,fold-batch-norm`.
 """
 
 from __future__ import annotations
