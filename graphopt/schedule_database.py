@@ -14,6 +14,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append in one write, so that a crash can tear no line but the last; the folder is made. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
 def database_path() -> Path:
     """The file of schedule decisions, its folder made."""
     folder = cache_folder()

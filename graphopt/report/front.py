@@ -29,7 +29,9 @@ def pareto(report: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     points = [*_variants(report), *_trials(report, search)]
     key = COSTS[search["objective"]]
-    points = sorted((p for p in points if p[key] is not None), key=lambda p: (p[key], -p["accuracy"]))
+    # An infinite signal-to-noise ratio is None in a report: outputs equal to the input model's have no place in a plot.
+    points = [p for p in points if p[key] is not None and p["accuracy"] is not None]
+    points = sorted(points, key=lambda p: (p[key], -p["accuracy"]))
     best = -math.inf
     for number, point in enumerate(points):
         point["number"] = number

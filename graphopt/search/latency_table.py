@@ -16,8 +16,6 @@ import numpy as np
 from graphopt.search.choices import Choice, Selection
 from graphopt.search.layers import Amounts
 
-Points = Sequence[tuple[float, float]]
-
 
 @dataclass
 class LatencyTable:
@@ -43,7 +41,7 @@ class LatencyTable:
     def layer(self, layer: str, choices: Sequence[Choice]) -> float:
         """Seconds of a layer with these choices, all of which change it."""
         before, macs = self.seconds.get(layer, 0.0), self.macs.get(layer, 0.0)
-        if not macs:  # it is new: its own arithmetic, or as much for each MAC as the whole model takes
+        if not macs:  # it is new: only what was timed of it is known
             return sum(self._at(c.pass_name, layer, c.after[layer].macs, 0.0, 0.0) for c in choices)
         taken = before
         shares: dict[str, float] = {}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import DataError
+from graphopt.schedule_database import append_line
 
 
 class Ledger:
@@ -47,11 +47,6 @@ class Ledger:
         line = json.dumps({"kind": kind, "key": key, "value": value}, separators=(",", ":")) + "\n"
         line, self._torn = ("\n" + line if self._torn else line), False
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(handle, line.encode())
-            finally:
-                os.close(handle)
+            append_line(self._path, line)
         except OSError as error:
             raise DataError(f"the search's notes {self._path} cannot be written: {error.strerror}") from error

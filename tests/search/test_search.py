@@ -12,6 +12,7 @@ import graphopt
 from graphopt import model as models
 from graphopt.cli import group
 from graphopt.errors import GraphoptError, SpecError
+from graphopt.report.front import front_plot, pareto
 from graphopt.search.explore import Search
 from graphopt.settings import read_pick, read_recipe
 
@@ -125,6 +126,26 @@ def test_size_is_an_objective_too(home, monkeypatch):
     assert search is not None and search.objective == "size" and not search.layers
     made = [v for v in result.report.variants if v.name.startswith("auto")]
     assert made and min(v.parameter_bytes for v in made) < result.report.variant("final").parameter_bytes
+
+
+def test_a_front_leaves_out_what_equals_the_input_model():
+    """Of outputs that are no classes the signal-to-noise ratio is then infinite, which a report holds as null."""
+
+    def variant(name: str, value: float | None) -> dict:
+        accuracy = {"metric": "snr", "value": value, "count": 4}
+        return {"name": name, "pipeline": name, "accuracy": accuracy, "drop": 0.0, "within_bound": True,
+                "parameter_bytes": 4}  # fmt: skip
+
+    names = {"exact": None, "final": 30.0}
+    report = {
+        "variants": [variant(name, value) for name, value in names.items()],
+        "candidates": [{"variant": name, "latency": {"median_s": 1.0}} for name in names],
+        "search": {"objective": "latency", "trials": [], "plain_cost": 1.0},
+        "settings": {"max_drop": 1.0},
+    }
+    front = pareto(report)
+    assert front is not None and [point["name"] for point in front["points"]] == ["final"]
+    assert front_plot(front).startswith("<svg")
 
 
 def test_a_search_needs_real_data():

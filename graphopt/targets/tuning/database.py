@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import TargetError
+from graphopt.schedule_database import append_line
 
 SHIPPED = Path(__file__).parent / "data"
 """Folder of the records that come with the package."""
@@ -109,12 +109,7 @@ class Database:
         if self._torn:
             line, self._torn = "\n" + line, False
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(handle, line.encode())
-            finally:
-                os.close(handle)
+            append_line(self.path, line)
         except OSError as error:
             raise TargetError(f"the schedule database {self.path} cannot be written: {error.strerror}") from error
 
