@@ -93,6 +93,8 @@ class Pass(abc.ABC):
     precision return layers to float by it. What other passes exclude, they would treat as another network."""
     takes: ClassVar[str] = ""
     """The option that lists offers to take, where the pass makes offers: it then does these and nothing else."""
+    renames: ClassVar[bool] = False
+    """Whether it puts layers of other names in place of those that it changes."""
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)

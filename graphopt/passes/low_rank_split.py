@@ -88,6 +88,7 @@ class LowRankSplit(Pass):
 
     fidelity = Fidelity.LOSSY
     takes = "ranks"
+    renames = True
 
     method: Method = "auto"
     """The decomposition; auto: svd, spatial or tucker2, whichever has the least arithmetic (for `ratio`: error)."""

@@ -57,6 +57,7 @@ class MergeBlocks(Pass):
 
     fidelity = Fidelity.LOSSY
     takes: ClassVar[str] = "blocks"
+    renames: ClassVar[bool] = True
 
     ratio: float = 0.1
     """Share of the model's multiply-accumulates to save, where `blocks` does not say what to merge."""

@@ -81,14 +81,11 @@ def pipeline_of(selection: Selection, offering: Sequence[Pass], base: Pipeline) 
         values = tuple(choice.value for choice in selection.values() if choice.pass_name == each.name)
         if values:
             passes.append(dataclasses.replace(each, **{each.takes: values}))  # pyright: ignore[reportArgumentType]
-    renamed = {node for choice in selection.values() if choice.pass_name in RENAMING for node in choice.nodes}
+    renaming = {each.name for each in offering if each.renames}
+    renamed = {node for choice in selection.values() if choice.pass_name in renaming for node in choice.nodes}
     if passes:
         passes.append(RefitLayers())
     return Pipeline((*passes, *(_without(each, renamed) for each in base.passes)))
-
-
-RENAMING = frozenset({"merge-blocks", "low-rank-split"})
-"""Passes that put layers of other names in place of those they change."""
 
 
 def _without(each: Pass, renamed: set[str]) -> Pass:
