@@ -265,7 +265,7 @@ def _measure_and_choose(
     )
     judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
     report.candidates = [c.record for c in candidates]
-    for candidate in choose(candidates, race):
+    for candidate in choose(candidates, race, settings.objective == "size"):
         accuracy = judge.accuracy(candidate.runner(settings.threads or 1))
         kept = accuracy is None or judge.bound.met(judge.drop(accuracy), accuracy.metric)
         record = dataclasses.replace(candidate.record, accuracy=None if accuracy is None else accuracy.to_dict())

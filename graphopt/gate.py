@@ -44,12 +44,13 @@ def time_candidates(
     return timed, result
 
 
-def choose(candidates: Sequence[Candidate], result: PairedResult) -> list[Candidate]:
+def choose(candidates: Sequence[Candidate], result: PairedResult, by_size: bool = False) -> list[Candidate]:
     """Deliverable candidates, best first: by the session in which they did worst against the input model.
 
     Latency may depend on the values fed (some kernels branch on them): who wins on one sample and loses on another
     has not won. Never one that is slower than the input model over all sessions, or clearly in any. Among those as
-    fast as the fastest (see TIE) the smaller comes first, and float32 before bf16.
+    fast as the fastest (see TIE) the smaller comes first, and float32 before bf16. With `by_size` the one that
+    takes the fewest bytes to run comes first (its compiled library, or its model file), and of these the fastest.
     """
     timed = [c for c in candidates if c.record.latency is not None]
 
@@ -61,6 +62,9 @@ def choose(candidates: Sequence[Candidate], result: PairedResult) -> list[Candid
         return result.ratio(candidate.name, INPUT).median <= LEVEL and all(r.low <= TIE for r in sessions)
 
     able = sorted((c for c in timed if c.variant is not None and deliverable(c)), key=worst)
+    if by_size:
+        able.sort(key=lambda c: c.record.size_bytes)
+        return able + [c for c in timed if c.variant is None]
     fastest = min([1.0, *map(worst, able)])
     tied = [c for c in able if worst(c) <= TIE * fastest]
     tied.sort(key=_delivered_bytes)

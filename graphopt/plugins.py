@@ -64,12 +64,12 @@ def target_class(name: str) -> type[Target]:
 
 
 def offering_passes() -> tuple[Pass, ...]:
-    """Passes that make offers and do not quantize, in the order of `pass_names`, with default options.
+    """Passes that make offers, in the order of `pass_names`, with default options.
 
     Raises SpecError: one cannot load.
     """
     classes = (pass_class(name) for name in pass_names())
-    return tuple(each() for each in classes if each.takes and not each.quantizes)
+    return tuple(each() for each in classes if each.takes)
 
 
 def parse_target(text: str | Target) -> Target:

@@ -46,9 +46,9 @@ Reference
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import onnx_ir as ir
@@ -58,7 +58,7 @@ from graphopt.graph import label
 from graphopt.model import parameter_bytes
 from graphopt.passes.base import Context, Fidelity, Offer, Pass, PassResult, Skip
 from graphopt.passes.block_quantization.mixed import Mixture, mix
-from graphopt.passes.block_quantization.rounding import Method, Quantized, Recipe, round_layers
+from graphopt.passes.block_quantization.rounding import Method, Quantized, Recipe, round_layer, round_layers
 from graphopt.passes.block_quantization.write import CONTRIB, write_dequantize, write_matmulnbits
 from graphopt.passes.copied_layer import copy_with, layer_in
 from graphopt.passes.excluded import require_nodes
@@ -67,6 +67,7 @@ from graphopt.passes.quantization.opset import raise_opset
 from graphopt.passes.weight_layers import WeightLayer, find_layers, remove_left_over
 
 BLOCKED_OPSET = 21
+PRODUCTS = ("Gemm", "MatMul")
 
 
 class QuantizeInt4(Pass):
@@ -123,17 +124,33 @@ class QuantizeInt4(Pass):
         return PassResult(model, len(done), tuple(skipped), tuple(notes) if done else ())
 
     def offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
-        """Each Gemm and MatMul, by itself, in 4 bits, where that is smaller; `bits` and `layers` say nothing here.
+        """Each layer, by itself, in 4 bits, where that is smaller; `bits` and `layers` say nothing here.
 
-        Weights are rounded, as the other options say, before the first offer is made. `run` with offers in `layers`
+        Weights are rounded, as the other options say, when the first offer is built. `run` with offers in `layers`
         stores them the same. Raises PassError as `run` does.
         """
-        every = replace(self, layers=(), bits="4", exclude_types=tuple(dict.fromkeys((*self.exclude_types, "Conv"))))
-        model, layers, _, products_only = every._prepare(model.clone())
-        for each, quantized in round_layers(model, layers, self._recipe(), context).items():
-            if _gains(each, quantized):
+        for left in (("Conv",), PRODUCTS):  # apart: a Conv's form may need another opset
+            types = tuple(dict.fromkeys((*self.exclude_types, *left)))
+            yield from replace(self, layers=(), bits="4", exclude_types=types)._offers(model.clone(), context)
+
+    def _offers(self, model: ir.Model, context: Context) -> Iterator[Offer]:
+        model, layers, _, products_only = self._prepare(model)
+        nearest = replace(self._recipe(), method="nearest", correct_bias=False)
+        rounded = cache(lambda: round_layers(model, layers, self._recipe(), context))
+        for each in layers:
+            if _gains(each, round_layer(nearest, each, None)):
                 readers = tuple(label(node) for node in (each.node, *each.sharers))
-                yield Offer(each.name, each.name, readers, partial(every._alone, model, each, quantized, products_only))
+                build = partial(self._offered, model, each, rounded, products_only)
+                yield Offer(each.name, each.name, readers, build)
+
+    def _offered(
+        self,
+        model: ir.Model,
+        each: WeightLayer,
+        rounded: Callable[[], dict[WeightLayer, Quantized]],
+        products_only: bool,
+    ) -> ir.Model:
+        return self._alone(model, each, rounded()[each], products_only)
 
     def _alone(self, model: ir.Model, each: WeightLayer, quantized: Quantized, products_only: bool) -> ir.Model:
         """A copy with this layer alone in 4 bits."""

@@ -95,6 +95,7 @@ class CandidateRecord:
     speedup: tuple[float, float, float] | None = None
     """Input model in ONNX Runtime / this candidate: median ratio and its 95 % interval, from one paired run."""
     size_bytes: int = 0
+    """Of the file that runs: the compiled library, or the model for ONNX Runtime."""
     precision: str = "float32"
     """What images and weights are stored as: `float32` (or the model's own types), or `bf16`."""
     tuning: Mapping[str, Any] | None = None

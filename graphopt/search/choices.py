@@ -29,6 +29,9 @@ class Choice:
     """What it does to the outputs on calibration samples: see `graphopt.search.sensitivity`."""
     agreement: float | None
     """Share of these samples with the same largest output, in percent; None where outputs are not classes."""
+    renames: bool = False
+    quantizes: bool = False
+    """As its pass says. Those that quantize come last, with the names that others left."""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -44,11 +47,14 @@ class Choice:
         }
 
     @classmethod
-    def from_dict(cls, pass_name: str, offer: Offer, content: Mapping[str, Any]) -> Choice:
-        """The choice of an offer of which `content` is known."""
+    def from_dict(cls, each: Pass, offer: Offer, content: Mapping[str, Any]) -> Choice:
+        """The choice of an offer of `each` of which `content` is known."""
         after = {layer: Amounts(*numbers) for layer, numbers in content["after"].items()}
         noise = math.inf if content["noise"] is None else content["noise"]
-        return cls(pass_name, offer.site, offer.value, offer.nodes, after, noise, content["agreement"])
+        return cls(
+            each.name, offer.site, offer.value, offer.nodes, after, noise, content["agreement"], each.renames,
+            each.quantizes,
+        )  # fmt: skip
 
 
 Selection = Mapping[tuple[str, str], Choice]
@@ -60,32 +66,40 @@ def gone(choice: Choice) -> frozenset[str]:
     return frozenset(node for node in choice.nodes if node in choice.after and choice.after[node].macs == 0)
 
 
+def shuts_out(choice: Choice, other: Choice) -> bool:
+    """Whether the pass of `other` no longer finds its site once `choice` is made."""
+    return other.site in gone(choice) or (choice.renames and other.quantizes and other.site in choice.nodes)
+
+
 def with_choice(selection: Selection, choice: Choice) -> dict[tuple[str, str], Choice] | None:
     """`selection` with `choice` in its place and without what is then impossible; None where another forbids it."""
     others = {place: other for place, other in selection.items() if place != choice.place}
-    if any(choice.site in gone(other) for other in others.values()):
+    if any(shuts_out(other, choice) for other in others.values()):
         return None
-    lost = gone(choice)
-    kept = {place: other for place, other in others.items() if other.site not in lost}
+    kept = {place: other for place, other in others.items() if not shuts_out(choice, other)}
     return {**kept, choice.place: choice}
 
 
 def pipeline_of(selection: Selection, offering: Sequence[Pass], base: Pipeline) -> Pipeline:
     """The lossy part of a pipeline: the passes that take what is selected, in the order of `offering`, then all layers
-    solved again, then `base`.
+    solved again, then `base`. Those that quantize come right before what quantizes in `base`, which leaves alone what
+    they have stored.
 
     What `base` leaves float stays so, where it is still there under its name.
     """
-    passes = []
+    passes: list[Pass] = []
+    storing: list[Pass] = []
     for each in offering:
         values = tuple(choice.value for choice in selection.values() if choice.pass_name == each.name)
         if values:
-            passes.append(dataclasses.replace(each, **{each.takes: values}))  # pyright: ignore[reportArgumentType]
-    renaming = {each.name for each in offering if each.renames}
-    renamed = {node for choice in selection.values() if choice.pass_name in renaming for node in choice.nodes}
+            taking = dataclasses.replace(each, **{each.takes: values})  # pyright: ignore[reportArgumentType]
+            (storing if each.quantizes else passes).append(taking)
+    renamed = {node for choice in selection.values() if choice.renames for node in choice.nodes}
     if passes:
         passes.append(RefitLayers())
-    return Pipeline((*passes, *(_without(each, renamed) for each in base.passes)))
+    rest = [_without(each, renamed) for each in base.passes]
+    first = next((index for index, each in enumerate(rest) if each.quantizes), len(rest))
+    return Pipeline((*passes, *rest[:first], *storing, *rest[first:]))
 
 
 def _without(each: Pass, renamed: set[str]) -> Pass:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from graphopt.candidates import Compiler
 from graphopt.errors import GraphoptError
 from graphopt.mixing import total
 from graphopt.model import parameter_bytes
-from graphopt.passes.base import Context, Offer, Pass
+from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import Pipeline
 from graphopt.plugins import offering_passes
 from graphopt.recovery import weight_bits
@@ -35,7 +35,7 @@ from graphopt.search.layers import Amounts
 from graphopt.search.ledger import Ledger
 from graphopt.search.paths import Cost, Step, path
 from graphopt.search.sensitivity import SAMPLES, Sensitivity
-from graphopt.search.tables import Workbench, list_offers, time_layers, weigh
+from graphopt.search.tables import Offers, Workbench, list_offers, time_layers, weigh
 from graphopt.variants import Data, Judge, Source, Variant, make_lossy
 from graphopt.verify import Reference
 
@@ -90,6 +90,8 @@ class Search:
         whole = cost({})
         sensitivity = Sensitivity(self.exact.model, watched, self.source.signature)
         bench = replace(bench, deadline=self._at(TABLES))
+        if table is not None:
+            offers = {each: [o for o in made if not table.useless(each.name, o.nodes)] for each, made in offers.items()}
         choices = weigh(bench, offers, sensitivity, lambda choice: 1 - cost({choice.place: choice}) / whole)
         unit = "nats" if sensitivity.classes else "energy"
         complete = self._try_paths(choices, offering, base, cost, FIRST_NOISE[unit])
@@ -122,7 +124,7 @@ class Search:
         return self._started + part * self.seconds
 
     def _latency_table(
-        self, bench: Workbench, offering: Sequence[Pass], offers: Mapping[str, Sequence[Offer]], base: Pipeline
+        self, bench: Workbench, offering: Sequence[Pass], offers: Offers, base: Pipeline
     ) -> LatencyTable | None:
         if self.objective == "size":
             return None
@@ -135,16 +137,19 @@ class Search:
 
     def _bytes(self, selection: Selection) -> float:
         """Bytes of the parameters with these choices: those of float layers shrink as their weights' bits do."""
-        bits, before = self._bits, self._amounts
+        before, least = self._amounts, min(self._bits.values(), default=32) / 32
+        stored = {layer: self._bits.get(layer, 32) / 32 for layer in before}
         shares: dict[str, float] = dict.fromkeys(before, 1.0)
         new = 0.0
         for choice in selection.values():
             for layer, amount in choice.after.items():
-                if layer in before and before[layer].bytes:
-                    shares[layer] *= amount.bytes / before[layer].bytes
+                if layer not in before or not before[layer].bytes:
+                    new += amount.bytes * least
+                elif choice.quantizes:
+                    stored[layer] = amount.bytes / before[layer].bytes
                 else:
-                    new += amount.bytes * min(bits.values(), default=32) / 32
-        return new + sum(before[layer].bytes * share * bits.get(layer, 32) / 32 for layer, share in shares.items())
+                    shares[layer] *= amount.bytes / before[layer].bytes
+        return new + sum(before[layer].bytes * share * stored[layer] for layer, share in shares.items())
 
     @cached_property
     def _bits(self) -> dict[str, int]:

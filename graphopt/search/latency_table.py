@@ -3,7 +3,8 @@
 A few versions of the model are compiled, in each of which one pass has done the same everywhere, and every kernel is
 timed where it lies. So a layer has, for each pass, a handful of points (share of its MACs, seconds), with what is fused
 behind it and what converts values at its borders; between points time is interpolated, behind the last it goes on as
-between the last two. Several passes on one layer count as if each took its share of the time.
+between the last two. A pass that stores a layer otherwise and leaves its arithmetic has one point there. Several passes
+on one layer count as if each took its share of the time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class LatencyTable:
     rest: float
     points: dict[tuple[str, str], dict[float, float]] = field(default_factory=dict)
     """By pass and layer: MACs -> seconds."""
+    stored: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By pass and layer: seconds of the same arithmetic with weights stored as the pass does."""
 
     @property
     def total(self) -> float:
@@ -35,8 +38,18 @@ class LatencyTable:
     def add(self, pass_name: str, macs: Mapping[str, Amounts], seconds: Mapping[str, float]) -> None:
         """What was measured in one version of the model, of the layers whose arithmetic is another there."""
         for layer, amount in macs.items():
-            if amount.macs > 0 and layer in seconds and amount.macs != self.macs.get(layer):
+            if amount.macs <= 0 or layer not in seconds:
+                continue
+            if amount.macs == self.macs.get(layer):
+                self.stored[pass_name, layer] = seconds[layer]
+            else:
                 self.points.setdefault((pass_name, layer), {})[amount.macs] = seconds[layer]
+
+    def useless(self, pass_name: str, nodes: Sequence[str]) -> bool:
+        """Whether it is known that the pass makes none of these layers faster: it leaves their arithmetic."""
+        return bool(nodes) and all(
+            self.stored.get((pass_name, node), 0.0) >= self.seconds.get(node, 0.0) > 0.0 for node in nodes
+        )
 
     def layer(self, layer: str, choices: Sequence[Choice]) -> float:
         """Seconds of a layer with these choices, all of which change it."""
@@ -46,6 +59,9 @@ class LatencyTable:
         taken = before
         shares: dict[str, float] = {}
         for choice in choices:
+            if choice.after[layer].macs == macs:
+                taken *= self.stored.get((choice.pass_name, layer), before) / before if before else 0.0
+                continue
             shares[choice.pass_name] = shares.get(choice.pass_name, 1.0) * choice.after[layer].macs / macs
         for name, share in shares.items():
             taken *= self._at(name, layer, share * macs, macs, before) / before if before else 0.0

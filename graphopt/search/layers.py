@@ -32,13 +32,29 @@ def origin(name: str, originals: Collection[str]) -> str | None:
 
 
 def amounts(model: ir.Model, originals: Collection[str]) -> dict[str, Amounts]:
-    """Of all layers with constants, by original node. `model` has static shapes."""
+    """Of all layers with constants, by original node; what restores stored weights counts with the layer that reads
+    them. `model` has static shapes."""
     found: dict[str, Amounts] = {}
+    readers = _readers(model)
     for layer in inspect(model).layers:
-        name = origin(layer.name, originals)
+        name = origin(readers.get(layer.name, layer.name), originals)
         if name is not None and (layer.macs or layer.parameter_bytes):
             old = found.get(name, Amounts(0.0, 0.0))
             found[name] = Amounts(old.macs + (layer.macs or 0), old.bytes + layer.parameter_bytes)
+    return found
+
+
+def _readers(model: ir.Model) -> dict[str, str]:
+    """By label of each node that computes from constants alone: the label of the first that reads it and does not."""
+    still: set[ir.Node] = set()
+    for node in model.graph:
+        if node.inputs and all(v is None or v.is_initializer() or v.producer() in still for v in node.inputs):
+            still.add(node)
+    found: dict[str, str] = {}
+    for node in reversed(model.graph):
+        readers = [use.node for output in node.outputs for use in output.uses()] if node in still else []
+        if readers:
+            found[label(node)] = found.get(label(readers[0]), label(readers[0]))
     return found
 
 

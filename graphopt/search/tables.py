@@ -53,20 +53,21 @@ class Workbench:
         return amounts(specialise(model, self.sample), labels(self.exact))
 
 
-def list_offers(bench: Workbench, offering: Sequence[Pass]) -> dict[str, list[Offer]]:
+Offers = Mapping[Pass, Sequence[Offer]]
+
+
+def list_offers(bench: Workbench, offering: Sequence[Pass]) -> dict[Pass, list[Offer]]:
     """By pass. A pass that cannot make offers for this model is noted and left out."""
-    found: dict[str, list[Offer]] = {}
+    found: dict[Pass, list[Offer]] = {}
     for each in offering:
         try:
-            found[each.name] = list(each.offers(bench.exact, bench.context))
+            found[each] = list(each.offers(bench.exact, bench.context))
         except (PassError, ModelError) as error:
             bench.context.progress.note(f"{each.name} makes no offers: {error}")
     return found
 
 
-def time_layers(
-    bench: Workbench, offering: Sequence[Pass], offers: Mapping[str, Sequence[Offer]], clock: Clock
-) -> LatencyTable | None:
+def time_layers(bench: Workbench, offering: Sequence[Pass], offers: Offers, clock: Clock) -> LatencyTable | None:
     """Times of the unchanged model's layers and, for each pass, of versions in which it has taken offers everywhere.
 
     None where the unchanged model cannot be compiled. Passes that the deadline leaves no time for are left out.
@@ -78,11 +79,11 @@ def time_layers(
     table = LatencyTable(
         {n: a.macs for n, a in before.items()}, {n: s for n, s in base.items() if n}, base.get("", 0.0)
     )
-    plans = [(each, level) for level in reversed(LEVELS) for each in offering if offers.get(each.name)]
+    plans = [(each, level) for level in reversed(LEVELS) for each in offering if offers.get(each)]
     done: set[tuple[str, ...]] = set()
     with bench.context.progress.task("time layers", len(plans)) as advance:
         for each, level in plans:
-            values = _at_level(offers[each.name], level)
+            values = _at_level(offers[each], level)
             if not bench.late and values not in done:
                 done.add(values)
                 model = _structure(bench, each, values)
@@ -95,7 +96,7 @@ def time_layers(
 
 def weigh(
     bench: Workbench,
-    offers: Mapping[str, Sequence[Offer]],
+    offers: Offers,
     sensitivity: Sensitivity,
     saved: Callable[[Choice], float],
 ) -> list[Choice]:
@@ -108,8 +109,8 @@ def weigh(
     found: list[Choice] = []
     rounds = _rounds(offers)
     with bench.context.progress.task("measure sensitivity", len(rounds)) as advance:
-        for name, offer in rounds:
-            choice = _weighed(bench, name, offer, before, sensitivity, saved)
+        for each, offer in rounds:
+            choice = _weighed(bench, each, offer, before, sensitivity, saved)
             found += [] if choice is None else [choice]
             advance(1)
     return found
@@ -117,38 +118,40 @@ def weigh(
 
 def _weighed(
     bench: Workbench,
-    name: str,
+    each: Pass,
     offer: Offer,
     before: Mapping[str, Amounts],
     sensitivity: Sensitivity,
     saved: Callable[[Choice], float],
 ) -> Choice | None:
-    key = f"{name} {offer.value}"
+    key = f"{each.name} {offer.value}"
     known = bench.ledger.find("offer", key)
     if known is None:
         if bench.late:
             return None
         model = offer.build()
         after = differing(before, bench.amounts(model))
-        choice = Choice(name, offer.site, offer.value, offer.nodes, after, math.inf, None)
+        choice = Choice(
+            each.name, offer.site, offer.value, offer.nodes, after, math.inf, None, each.renames, each.quantizes
+        )
         if saved(choice) >= WORTH:
             effect = sensitivity.of(model)
             choice = dataclasses.replace(choice, noise=effect.noise, agreement=effect.agreement)
         bench.ledger.add("offer", key, choice.to_dict())
     else:
-        choice = Choice.from_dict(name, offer, known)
+        choice = Choice.from_dict(each, offer, known)
     return choice if math.isfinite(choice.noise) else None
 
 
-def _rounds(offers: Mapping[str, Sequence[Offer]]) -> list[tuple[str, Offer]]:
+def _rounds(offers: Offers) -> list[tuple[Pass, Offer]]:
     """All offers: first the mildest of each site, then the next of each."""
-    numbered: list[tuple[int, str, Offer]] = []
-    for name, each in offers.items():
+    numbered: list[tuple[int, Pass, Offer]] = []
+    for each, made in offers.items():
         seen: dict[str, int] = {}
-        for offer in each:
+        for offer in made:
             seen[offer.site] = seen.get(offer.site, -1) + 1
-            numbered.append((seen[offer.site], name, offer))
-    return [(name, offer) for _, name, offer in sorted(numbered, key=lambda entry: entry[0])]
+            numbered.append((seen[offer.site], each, offer))
+    return [(each, offer) for _, each, offer in sorted(numbered, key=lambda entry: entry[0])]
 
 
 def _at_level(offers: Sequence[Offer], level: float) -> tuple[str, ...]:

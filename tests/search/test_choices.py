@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphopt import model as models
+from graphopt.model import fix_inputs
+from graphopt.passes.base import Context
 from graphopt.passes.low_rank_split import LowRankSplit
 from graphopt.passes.prune_channels import PruneChannels
+from graphopt.passes.quantize_int4 import QuantizeInt4
 from graphopt.passes.quantize_int8 import QuantizeInt8
 from graphopt.passes.refit_layers import RefitLayers
 from graphopt.pipeline import Pipeline
 from graphopt.search.choices import Choice, pipeline_of, with_choice
 from graphopt.search.latency_table import LatencyTable
-from graphopt.search.layers import Amounts, differing, origin
+from graphopt.search.layers import Amounts, amounts, differing, labels, origin
 from graphopt.search.paths import path
+
+DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits" / "digits.onnx"
 
 
 def choice(name: str, site: str, value: str, noise: float, nodes=None, **after: float) -> Choice:
@@ -51,6 +59,16 @@ def test_a_merged_block_takes_choices_inside_it_along():
     assert with_choice({block.place: block}, outside) == {block.place: block, outside.place: outside}
 
 
+def test_what_quantizes_finds_no_layer_that_was_renamed():
+    split = replace(choice("low-rank-split", "conv", "conv:svd:8", 0.1, conv=50), renames=True)
+    pruned = choice("prune-channels", "conv", "conv:16", 0.1, conv=50)
+    stored = replace(choice("quantize-int4", "conv", "conv", 0.1, conv=100), quantizes=True)
+    assert with_choice({split.place: split}, stored) is None
+    assert with_choice({stored.place: stored}, split) == {split.place: split}
+    assert with_choice({pruned.place: pruned}, stored) == {pruned.place: pruned, stored.place: stored}
+    assert with_choice({pruned.place: pruned}, split) == {pruned.place: pruned, split.place: split}
+
+
 def test_of_one_site_the_last_choice_counts():
     mild, deep = (choice("prune-channels", "a", f"a:{n}", 0.1, a=n) for n in (48, 32))
     assert with_choice({mild.place: mild}, deep) == {deep.place: deep}
@@ -59,7 +77,8 @@ def test_of_one_site_the_last_choice_counts():
 def test_the_pipeline_takes_what_was_chosen_in_the_order_of_the_passes():
     offering = [PruneChannels(), LowRankSplit()]
     base = Pipeline.parse("quantize-int8{exclude=[a,b]}")
-    chosen = [choice("low-rank-split", "a", "a:svd:8", 0.1, a=5), choice("prune-channels", "c", "c:16", 0.1, c=5)]
+    split = replace(choice("low-rank-split", "a", "a:svd:8", 0.1, a=5), renames=True)
+    chosen = [split, choice("prune-channels", "c", "c:16", 0.1, c=5)]
     made = pipeline_of({each.place: each for each in chosen}, offering, base)
     assert made.passes == (
         PruneChannels(channels=("c:16",)),
@@ -69,6 +88,30 @@ def test_the_pipeline_takes_what_was_chosen_in_the_order_of_the_passes():
     )
     assert Pipeline.parse(str(made)) == made
     assert pipeline_of({}, offering, base) == base
+
+
+def test_what_quantizes_comes_behind_the_fit_and_before_what_quantizes_the_rest():
+    offering = [PruneChannels(), QuantizeInt4()]
+    base = Pipeline.parse("equalize-layers,quantize-int8")
+    stored = replace(choice("quantize-int4", "a", "a", 0.1, a=100), quantizes=True)
+    pruned = choice("prune-channels", "c", "c:16", 0.1, c=5)
+    made = pipeline_of({each.place: each for each in (stored, pruned)}, offering, base)
+    assert [each.name for each in made.passes] == [
+        "prune-channels", "refit-layers", "equalize-layers", "quantize-int4", "quantize-int8",
+    ]  # fmt: skip
+    assert QuantizeInt4(layers=("a",)) in made.passes
+    alone = pipeline_of({stored.place: stored}, offering, Pipeline.parse("equalize-layers"))
+    assert [each.name for each in alone.passes] == ["equalize-layers", "quantize-int4"]
+
+
+def test_stored_weights_count_with_the_layer_that_reads_them():
+    model = fix_inputs(models.load(DIGITS), {"image": (1, 1, 16, 16)})
+    stored = QuantizeInt4(method="nearest", correct_bias=False).run(model.clone(), Context()).model
+    before, after = (amounts(each, labels(model)) for each in (model, stored))
+    assert before.keys() == after.keys()
+    changed = differing(before, after)
+    assert changed and all(after[layer].macs == before[layer].macs for layer in changed)
+    assert sum(each.bytes for each in after.values()) == models.parameter_bytes(stored)
 
 
 def table() -> LatencyTable:
@@ -90,6 +133,17 @@ def test_several_choices_on_a_layer_multiply_and_those_of_one_pass_share_arithme
     assert table().predict({one.place: one, two.place: two}) == pytest.approx(25 + 5.0)
     other = choice("q", "a", "a:1", 0.1, a=50)  # never timed: promises nothing
     assert table().predict({one.place: one, other.place: other}) == pytest.approx(25 + 6.0)
+
+
+def test_a_layer_stored_otherwise_takes_what_was_timed():
+    known = table()
+    known.add("s", {"a": Amounts(100, 12), "b": Amounts(100, 12)}, {"a": 8.0, "b": 21.0})
+    assert known.useless("s", ["b"]) and not known.useless("s", ["a"])
+    assert not known.useless("s", ["a", "b"]) and not known.useless("s", ["c"]) and not known.useless("p", ["a"])
+    stored = choice("s", "a", "a", 0.1, a=100)
+    assert known.predict({stored.place: stored}) == pytest.approx(25 + 8)
+    pruned = choice("p", "a", "a:x", 0.1, a=50)
+    assert known.predict({each.place: each for each in (stored, pruned)}) == pytest.approx(25 + 10 * 0.8 * 0.6)
 
 
 def test_a_layer_that_goes_away_takes_no_time_and_a_new_one_its_own():

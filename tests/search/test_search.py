@@ -124,8 +124,18 @@ def test_size_is_an_objective_too(home, monkeypatch):
     )
     search = result.report.search
     assert search is not None and search.objective == "size" and not search.layers
+    assert "quantize-int4" in {offer.pass_name for offer in search.offers}
     made = [v for v in result.report.variants if v.name.startswith("auto")]
-    assert made and min(v.parameter_bytes for v in made) < result.report.variant("final").parameter_bytes
+    least = min(made, key=lambda v: v.parameter_bytes)
+    assert least.parameter_bytes < 0.7 * result.report.variant("final").parameter_bytes
+    assert "quantize-int4{layers=" in least.pipeline and "quantize-int8" in least.pipeline
+    chosen = result.report.chosen()
+    clear = [c for c in result.report.candidates if c.variant in names(result) and c.speedup and c.speedup[1] >= 1.05]
+    assert chosen is not None and all(chosen.size_bytes <= c.size_bytes for c in clear)
+
+
+def names(result: graphopt.Result) -> set[str]:
+    return {variant.name for variant in result.report.variants}
 
 
 def test_a_front_leaves_out_what_equals_the_input_model():
