@@ -50,7 +50,8 @@ FIRST_NOISE = {"nats": 0.03, "energy": 0.01}
 FITTED = 4
 """Calibration samples must be so many times SAMPLES for these to be kept from the fit: what was fitted to flatters."""
 WORTH = 0.99
-"""A recipe's kernels must take less than this of the plain pipeline's time to race against it."""
+"""A recipe must take less than this of the plain pipeline's time: predicted, for its path to be tried, and measured, to
+race against it."""
 VERSIONS = 8
 """Among so many compiled models the tuning budget is shared."""
 
@@ -169,6 +170,8 @@ class Search:
         groups = [set(names), *({name} for name in names if len(names) > 1)]
         for group in groups:
             steps = path([choice for choice in choices if choice.pass_name in group], cost)
+            if steps[-1].cost > WORTH * steps[0].cost:
+                continue
             self.context.progress.note(
                 f"{', '.join(sorted(group))}: {len(steps)} recipes, "
                 f"down to {steps[-1].cost / steps[0].cost:.3f} of the cost"
