@@ -104,6 +104,12 @@ def x86_for_mcpu(mcpu: str) -> Capabilities:
     return x86_capabilities(X86_FEATURES[mcpu])
 
 
+def host_arch() -> str:
+    """`x86_64` or `aarch64`, or whatever else the machine this runs on calls itself."""
+    machine = platform.machine()
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(machine, machine)
+
+
 def host_features() -> frozenset[str]:
     """Extensions of the machine this runs on, in /proc/cpuinfo's spelling; empty where there is none."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -126,10 +132,13 @@ def host_mcpu() -> str:
     return next((name for name in preference if name in fitting), "x86-64")
 
 
+def arm_capabilities(features: frozenset[str]) -> Capabilities:
+    """Capabilities of a 64-bit ARM processor with these extensions."""
+    dot: DotInt8 = "i8mm" if "i8mm" in features else "sdot" if "asimddp" in features else "smlal"
+    return Capabilities("aarch64", features, dot, 4)
+
+
 def host_capabilities() -> Capabilities:
     """Capabilities of the machine this runs on."""
-    if platform.machine() in ("aarch64", "arm64"):
-        features = host_features()
-        dot: DotInt8 = "i8mm" if "i8mm" in features else "sdot" if "asimddp" in features else "smlal"
-        return Capabilities("aarch64", features, dot, 4)
-    return x86_capabilities(host_features())
+    known = arm_capabilities if host_arch() == "aarch64" else x86_capabilities
+    return known(host_features())

@@ -22,6 +22,7 @@ from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
 from graphopt.pipeline import PRESETS
 from graphopt.report_command import report
 from graphopt.settings import Settings, parse_input, read_pick, read_recipe
+from graphopt.targets_command import targets
 from graphopt.tuning_commands import db, tune
 
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -425,6 +426,7 @@ def doctor(format_: str) -> int:
 group.add_command(tune)
 group.add_command(db)
 group.add_command(report)
+group.add_command(targets)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,7 @@ from graphopt import calibration, samples
 from graphopt import model as models
 from graphopt.artifact_writer import write_artifact
 from graphopt.candidates import Candidate, Compiler, make_candidates
-from graphopt.errors import DataError
+from graphopt.errors import DataError, TargetError
 from graphopt.gate import choose, explain, time_candidates
 from graphopt.measure import PairedResult, environment
 from graphopt.mixing import mix
@@ -136,6 +136,11 @@ def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, P
     target = parse_target(settings.target)
     if settings.threads is not None and hasattr(target, "threads"):
         target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
+    if not target.runs_here:
+        raise TargetError(
+            f"{target} is not the kind of processor this machine has: nothing can be measured on it from here",
+            hint="build for it from Python: see docs/arm.md",
+        )
     settings, target = settled(settings, target)
     threads = getattr(target, "threads", None) or os.cpu_count() or 1
     if settings.output is not None:

@@ -36,6 +36,7 @@ BUILTIN_PASSES = {
 }
 BUILTIN_TARGETS = {
     "cpu": "graphopt.targets.cpu:Cpu",
+    "arm": "graphopt.targets.arm:Arm",
 }
 PASS_GROUP = "graphopt.passes"
 TARGET_GROUP = "graphopt.targets"

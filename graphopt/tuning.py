@@ -93,10 +93,10 @@ def tune_model(
 
 def model_keys(path: str | os.PathLike[str], target: Target, shapes: Shapes) -> set[Any]:
     """The database keys of a model's kernels on a CPU target. Raises TargetError for other targets."""
-    from graphopt.targets.cpu import Cpu, LoweredModel
+    from graphopt.targets.llvm import LlvmTarget, LoweredModel
     from graphopt.targets.tuning.tasks import find_tasks
 
-    if not isinstance(target, Cpu):
+    if not isinstance(target, LlvmTarget):
         raise TargetError(f"the target {target.name} keeps no schedules")
     lowered = cast(LoweredModel, lower_model(path, target, shapes))
     return {task.key for task in find_tasks(lowered, target, None, everything=True)}

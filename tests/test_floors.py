@@ -14,16 +14,16 @@ import graphopt
 PACKAGE = Path(graphopt.__file__).parent
 
 FLOORS = (
-    {"errors", "spec", "capabilities", "progress"},
+    {"errors", "spec", "capabilities", "arm_cores", "progress"},
     {"graph", "shapes", "model", "calibration", "measure"},
     {"passes.base", "targets.base"},
-    {"passes", "targets", "runtime", "verify", "accuracy", "layer_noise", "samples", "inspection", "output_folder",
+    {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection", "output_folder",
      "schedule_database"},
     {"plugins", "pipeline"},
     {"report", "settings", "diagnosis", "inspection_text"},
     set[str](),  # the stages of the driver: every room that is not named here
     {"driver"},
-    {"console", "tuning_commands", "report_command", "cli", "__main__"},
+    {"console", "tuning_commands", "report_command", "targets_command", "cli", "__main__"},
 )  # fmt: skip
 STAGES = 6
 LAZY = ("tvm", "onnxscript", "onnxsim", "onnxruntime")
@@ -87,7 +87,7 @@ def test_passes_and_targets_never_import_each_other():
 
 
 def test_only_the_relax_room_and_the_runtime_import_tvm():
-    allowed = ("graphopt.targets", "graphopt.runtime", "graphopt.diagnosis")
+    allowed = ("graphopt.targets", "graphopt.runtime", "graphopt.remote", "graphopt.diagnosis")
     users = {name for name, tree in MODULES.items() if any(i.split(".")[0] == "tvm" for i in imports(tree))}
     assert all(name.startswith(allowed) for name in users), sorted(users)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.capabilities import host_features
+from graphopt.capabilities import host_arch, host_features
 from graphopt.errors import ArtifactError, DataError
 from graphopt.runtime import amx_permission
 
@@ -43,7 +42,7 @@ class TvmEngine:
 
     def __init__(self, folder: str | os.PathLike[str], threads: int | None = None):
         self.folder = Path(folder)
-        description = _read_description(self.folder)
+        description = read_description(self.folder)
         _check_processor(description, self.folder)
         # A description without "tiles" is of a time when only bfloat16 kernels used them.
         older = description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]
@@ -242,7 +241,8 @@ def library_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of an engine.json. Raises ArtifactError: missing, unreadable, damaged, of another format."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _check_processor(description: Mapping[str, Any], folder: Path) -> None:
-    here = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    here = host_arch()
     if description["arch"] != here:
         raise ArtifactError(f"{folder} was built for {description['arch']}, this machine is {here}")
     missing = sorted(set(description["features"]) - host_features())

@@ -57,6 +57,11 @@ class Target(abc.ABC):
     def capabilities(self) -> Capabilities:
         """What passes may count on."""
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine may run what is built, as far as its kind of processor goes."""
+        return True
+
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
         """Translate a model with static input shapes.

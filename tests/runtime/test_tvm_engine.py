@@ -242,7 +242,7 @@ def test_a_processor_without_the_instructions_is_told(built, monkeypatch):
 
 
 def test_another_architecture_is_told(built, monkeypatch):
-    monkeypatch.setattr(tvm_engine.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(tvm_engine, "host_arch", lambda: "riscv64")
     with pytest.raises(ArtifactError, match="riscv64"):
         TvmEngine(built)
 

@@ -85,7 +85,7 @@ def test_each_linker_will_do(tmp_path, monkeypatch, linker):
     if path is None:
         pytest.skip(f"{linker} is not installed")
     made, feeds = _small()
-    monkeypatch.setattr(link, "find_linker", lambda: [path])
+    monkeypatch.setattr(link, "find_linker", lambda arch=None: [path])
     TARGET.build(TARGET.lower(made), tmp_path)
     close(TvmEngine(tmp_path, 1).run(feeds), reference(made, feeds), sum_tolerance(36))
 
@@ -111,7 +111,7 @@ def test_linker_order(monkeypatch):
 
 
 def test_failing_linker_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(link, "find_linker", lambda: [shutil.which("false") or "false"])
+    monkeypatch.setattr(link, "find_linker", lambda arch=None: [shutil.which("false") or "false"])
     made, _ = _small()
     with pytest.raises(TargetError, match="failed") as caught:
         TARGET.build(TARGET.lower(made), tmp_path)

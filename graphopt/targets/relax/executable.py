@@ -38,7 +38,7 @@ def export(module, target, library: Path, *, arch: str, jobs: int, in_place: boo
         packed: Any = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")
         constants = Path(folder) / "constants.o"
         blob_object.write(packed(program).numpy(), arch, constants)
-        link.link_shared(library, [*(path for _, path in built), str(constants)])
+        link.link_shared(library, [*(path for _, path in built), str(constants)], arch)
 
 
 def compile_function(func, target) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.arm_cores import ARM_FEATURES
 from graphopt.capabilities import X86_FEATURES
 
 
@@ -72,7 +73,7 @@ def _lowered(module: Any, lower: Callable[[Any, frozenset[str]], Any]) -> Any:
 
 
 def _features(func: Any) -> frozenset[str]:
-    """Extensions of the x86 processor a function is compiled for."""
+    """Extensions of the processor a function is compiled for."""
     target = func.attrs.get("target") if func.attrs is not None else None
     mcpu = str(target.attrs.get("mcpu", "")) if target is not None else ""
-    return X86_FEATURES.get(mcpu, frozenset())
+    return X86_FEATURES.get(mcpu) or ARM_FEATURES.get(mcpu, frozenset())

@@ -1,10 +1,12 @@
 """float32 to int32, rounded half to even: one instruction that TVM's own casts, which truncate, do not reach.
 
 The form. `graphopt.round(x)` is an operator of graphopt's own, float32 -> int32, elementwise, pure and vectorisable.
-`register` adds a pass at the end of TVM's pipeline for schedulable functions that makes CVTPS2DQ of it on x86, at each
-width that code is generated for, and a rounding followed by a conversion elsewhere. |x| must be below 2^31.
+`register` adds a pass at the end of TVM's pipeline for schedulable functions that makes CVTPS2DQ of it on x86, and
+FCVTNS on ARM, at each width that code is generated for, and a rounding followed by a conversion elsewhere. |x| must be
+below 2^31.
 
-Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (CVTPS2DQ).
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (CVTPS2DQ); Arm Architecture Reference
+Manual for A-profile, C7.2 (FCVTNS).
 """
 
 from __future__ import annotations
@@ -14,13 +16,19 @@ from functools import lru_cache
 from graphopt.targets.relax import own_operators
 
 OPERATOR = "graphopt.round"
-_WIDEST = (("avx512f", 16), ("avx2", 8), ("ssse3", 4))
 _CALLS = {
-    16: ("@llvm.x86.avx512.mask.cvtps2dq.512", ", <16 x i32> zeroinitializer, i16 -1, i32 4", ", <16 x i32>, i16, i32"),
-    8: ("@llvm.x86.avx.cvt.ps2dq.256", "", ""),
-    4: ("@llvm.x86.sse2.cvtps2dq", "", ""),
+    ("avx512f", 16): (
+        "@llvm.x86.avx512.mask.cvtps2dq.512",
+        ", <16 x i32> zeroinitializer, i16 -1, i32 4",
+        ", <16 x i32>, i16, i32",
+    ),
+    ("avx2", 8): ("@llvm.x86.avx.cvt.ps2dq.256", "", ""),
+    ("ssse3", 4): ("@llvm.x86.sse2.cvtps2dq", "", ""),
+    ("avx2", 4): ("@llvm.x86.sse2.cvtps2dq", "", ""),
+    ("asimd", 4): ("@llvm.aarch64.neon.fcvtns.v4i32.v4f32", "", ""),
 }
-"""By lanes: LLVM's intrinsic, its further operands (all lanes; the current rounding mode) and their types."""
+"""By extension and lanes: LLVM's intrinsic, its further operands (all lanes; the current rounding mode) and their
+types."""
 
 
 def rounded(x):
@@ -43,23 +51,23 @@ def register() -> None:
 def _lowered(body, features: frozenset[str]):
     from tvm import tirx
 
-    widest = next((lanes for feature, lanes in _WIDEST if feature in features), 0)
+    known = {lanes: (feature, lanes) for feature, lanes in _CALLS if feature in features}
     widths: set[int] = set()
 
     def replacement(call, lanes: int):
-        if lanes not in _CALLS or lanes > widest:
+        if lanes not in known:
             kind = "int32" if lanes == 1 else f"int32x{lanes}"
             return tirx.nearbyint(call.args[0]).astype(kind)
         widths.add(lanes)
         return tirx.call_pure_extern(f"int32x{lanes}", f"graphopt_round_{lanes}", call.args[0])
 
     body = own_operators.replaced(body, OPERATOR, replacement)
-    return own_operators.importing(body, [_definition(lanes) for lanes in sorted(widths)])
+    return own_operators.importing(body, [_definition(*known[lanes]) for lanes in sorted(widths)])
 
 
-def _definition(lanes: int) -> str:
+def _definition(feature: str, lanes: int) -> str:
     """LLVM IR; TVM marks what it imports as always inlined."""
-    name, operands, types = _CALLS[lanes]
+    name, operands, types = _CALLS[feature, lanes]
     single, whole = f"<{lanes} x float>", f"<{lanes} x i32>"
     return f"""define {whole} @graphopt_round_{lanes}({single} %x) {{
   %r = call {whole} {name}({single} %x{operands})

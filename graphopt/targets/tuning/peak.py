@@ -17,13 +17,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     from graphopt.targets.base import TuningReport
-    from graphopt.targets.cpu import Cpu
+    from graphopt.targets.llvm import LlvmTarget
 
 STEPS = 20_000
 WINDOWS = 40
 
 
-def with_shares(report: TuningReport, target: Cpu) -> TuningReport:
+def with_shares(report: TuningReport, target: LlvmTarget) -> TuningReport:
     """The report with this machine's peaks, and each kernel's share of them on the target's number of threads."""
     found = peaks(target)
 
@@ -36,7 +36,7 @@ def with_shares(report: TuningReport, target: Cpu) -> TuningReport:
 
 
 @lru_cache(maxsize=8)
-def peaks(target: Cpu) -> Mapping[str, float]:
+def peaks(target: LlvmTarget) -> Mapping[str, float]:
     """By element type of a kernel's weights, GFLOP/s (GOP/s of bytes) of one core. Takes about a second, once."""
     found = {"float32": fma_gflops(target)}
     bytes_ = tile_gops(target) if "amx_int8" in target.features else dot_gops(target)
@@ -45,7 +45,7 @@ def peaks(target: Cpu) -> Mapping[str, float]:
     return found
 
 
-def fma_gflops(target: Cpu) -> float:
+def fma_gflops(target: LlvmTarget) -> float:
     """float32 GFLOP/s of one core, a fused multiply-add counted as two. Takes about half a second."""
     machine = target.machine()
     count = (machine.registers - 4) * machine.lanes
@@ -53,7 +53,7 @@ def fma_gflops(target: Cpu) -> float:
     return 2 * STEPS * count / _best_s(_chains(machine.lanes, machine.registers - 4), target, arrays) / 1e9
 
 
-def dot_gops(target: Cpu) -> float | None:
+def dot_gops(target: LlvmTarget) -> float | None:
     """GOP/s of one core with the dot product of bytes that kernels take for small weights, a multiply-add counted as
     two; None where there is none."""
     from graphopt.targets.schedules import dot
@@ -68,7 +68,7 @@ def dot_gops(target: Cpu) -> float | None:
     return 2 * dot.QUAD * STEPS * count / _best_s(_dots(way, machine.lanes, chains), target, arrays) / 1e9
 
 
-def tile_gops(target: Cpu) -> float | None:
+def tile_gops(target: LlvmTarget) -> float | None:
     """GOP/s of one core with AMX tiles of bytes; None where the system does not give them."""
     from graphopt.runtime import amx_permission
 
@@ -86,7 +86,7 @@ TILE_SUMS = 4
 """Accumulators that hide the latency of a tile product."""
 
 
-def _best_s(func: Any, target: Cpu, arrays: list[np.ndarray]) -> float:
+def _best_s(func: Any, target: LlvmTarget, arrays: list[np.ndarray]) -> float:
     """Seconds of one call, the least of many."""
     import tvm
 

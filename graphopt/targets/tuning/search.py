@@ -30,7 +30,7 @@ from graphopt.targets.tuning.task import Task, unfinished
 from graphopt.targets.tuning.tasks import constant_bytes, find_tasks
 
 if TYPE_CHECKING:
-    from graphopt.targets.cpu import Cpu, LoweredModel
+    from graphopt.targets.llvm import LlvmTarget, LoweredModel
 
 CLOSE = 1.06
 """A candidate within this factor of the best is timed again, in turns with the best."""
@@ -48,7 +48,7 @@ class Search:
     def __init__(
         self,
         lowered: LoweredModel,
-        target: Cpu,
+        target: LlvmTarget,
         database: Path,
         seed: int,
         progress: Progress,

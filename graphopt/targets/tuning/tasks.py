@@ -14,10 +14,12 @@ from graphopt.targets.tuning.signature import isa_class, workload_digest
 from graphopt.targets.tuning.task import Task
 
 if TYPE_CHECKING:
-    from graphopt.targets.cpu import Cpu, LoweredModel
+    from graphopt.targets.llvm import LlvmTarget, LoweredModel
 
 
-def find_tasks(lowered: LoweredModel, target: Cpu, database: Database | None, everything: bool = False) -> list[Task]:
+def find_tasks(
+    lowered: LoweredModel, target: LlvmTarget, database: Database | None, everything: bool = False
+) -> list[Task]:
     """The distinct kernels of a model that have a choice, those that do most arithmetic first.
 
     With `everything`, kernels without a choice too. Two kernels are one task when they compute the same.

@@ -1,0 +1,77 @@
+"""A processor emulated by QEMU in user mode, with an RPC server on it.
+
+Nothing of it is installed in the emulated system: the server is one program with three libraries beside it. Times under
+emulation say nothing about a device.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from graphopt.errors import TargetError
+from graphopt.remote.address import Address
+from graphopt.remote.server_program import server_program
+
+QEMU_CPUS = {"generic": "cortex-a53", "cortex-a73": "cortex-a72", "cortex-a75": "cortex-a76"}
+"""For cores that QEMU does not know: one with the same extensions."""
+_KEY = "emulated"
+
+
+def find_emulator(arch: str) -> str | None:
+    """QEMU's command for `arch`; None where it is not installed."""
+    return shutil.which(f"qemu-{arch}") or shutil.which(f"qemu-{arch}-static")
+
+
+def find_system(arch: str) -> Path | None:
+    """The folder with the C library of `arch`; None where there is none."""
+    folder = Path(f"/usr/{arch}-linux-gnu")
+    return folder if (folder / "lib").is_dir() else None
+
+
+@contextmanager
+def emulated(arch: str, cpu: str) -> Iterator[Address]:
+    """Start a server on an emulated `cpu` (QEMU's name); it ends with the context.
+
+    Raises TargetError: QEMU, a C library or a compiler for `arch` is missing, or the server does not start.
+    """
+    emulator, system = find_emulator(arch), find_system(arch)
+    if emulator is None or system is None:
+        what = "QEMU" if emulator is None else f"the C library of {arch}"
+        package = f"g++-{arch}-linux-gnu".replace("_", "-")
+        raise TargetError(f"{what} is not installed", hint=f"`apt install qemu-user {package}`")
+    program = server_program(arch)
+    with tempfile.TemporaryDirectory(prefix="graphopt-emulated-") as folder:
+        server = subprocess.Popen(
+            [emulator, "-cpu", cpu, "-L", str(system), "-E", f"LD_LIBRARY_PATH={program.parent}", str(program), "0",
+             _KEY],
+            cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield Address("127.0.0.1", _port(server, cpu), _KEY)
+        finally:
+            _end(server)
+
+
+def _port(server: subprocess.Popen[str], cpu: str) -> int:
+    assert server.stdout is not None
+    word, _, number = server.stdout.readline().partition(" ")
+    if word != "listening":
+        _end(server)
+        said = server.stderr.read().strip().splitlines() if server.stderr is not None else []
+        raise TargetError(f"the emulated {cpu} did not start: {said[-1][:200] if said else 'no word from it'}")
+    return int(number)
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """With the processes of its sessions."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()

@@ -1,0 +1,251 @@
+"""What all processors that LLVM generates code for have in common: ONNX -> Relax in blocked form -> fused, scheduled
+kernels -> a shared library.
+
+`LlvmTarget` reads as its stages: `lower`, `tune`, `build`. TVM is imported when a stage runs, not before.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import capabilities
+from graphopt.errors import TargetError
+from graphopt.progress import SILENT, Progress
+from graphopt.runtime import amx_permission
+from graphopt.targets.base import Lowered, Target, TuningReport
+
+PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
+"""What `precision` may be, and what it then is."""
+BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
+TVM_PIN = "0.27.0.post1"
+FFI_PIN = "0.1.14.post1"
+
+
+@dataclass
+class LoweredModel:
+    """A model as Relax: fused but unscheduled kernels, and the decisions for them."""
+
+    module: Any
+    inputs: tuple[Mapping[str, Any], ...]
+    outputs: tuple[Mapping[str, Any], ...]
+    decisions: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """By kernel: the template's name and its decision. Kernels that are absent get their template's first."""
+    tiles: bool = False
+    """Whether kernels may use AMX tile registers."""
+    layers: tuple[tuple[str, str], ...] = ()
+    """The calls of kernels in a run, in order: the kernel, and the label of the layer whose weights it reads, or ''."""
+
+
+class LlvmTarget(Target):
+    """Base of targets whose kernels LLVM compiles; those are dataclasses with these fields. `threads` 0 means all
+    processors.
+
+    `precision` is `float32` or `bfloat16` (or `bf16`): what images and weights are stored as between kernels.
+    `without` names templates and ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what
+    each brings.
+    """
+
+    threads: int
+    precision: str
+    without: str
+
+    def __post_init__(self):
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 (all) or more, not {self.threads}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
+        object.__setattr__(self, "precision", PRECISIONS[self.precision])
+
+    @property
+    @abc.abstractmethod
+    def llvm_cpu(self) -> str:
+        """LLVM's name of the processor code is generated for."""
+
+    @property
+    @abc.abstractmethod
+    def arch(self) -> str:
+        """`x86_64` or `aarch64`."""
+
+    @property
+    def runs_here(self) -> bool:
+        return self.arch == capabilities.host_arch()
+
+    @property
+    @abc.abstractmethod
+    def features(self) -> frozenset[str]:
+        """The extensions that generated code may use, in /proc/cpuinfo's spelling."""
+
+    def check_precision(self) -> None:
+        """Raises TargetError where the processor has no instructions for `precision`."""
+        if self.precision == "bfloat16" and not self.features & BFLOAT16_FEATURES:
+            raise TargetError(
+                f"{self.llvm_cpu} has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FEATURES))})",
+                hint="use precision float32",
+            )
+
+    def uses_tiles(self, integers: bool) -> bool:
+        """Whether kernels may use AMX tile registers, for which a process must ask; `integers`: some multiply bytes."""
+        in_bfloat16 = self.precision == "bfloat16" and "amx_bf16" in self.features
+        return in_bfloat16 or (integers and "amx_int8" in self.features)
+
+    def machine(self):
+        """What schedules need to know."""
+        from graphopt.targets.schedules.workload import Machine
+
+        lanes = self.capabilities.float_lanes
+        registers = 32 if lanes == 16 or self.arch == "aarch64" else 16
+        return Machine(lanes, registers, self.thread_count, self.features, self.switched_off)
+
+    @property
+    def switched_off(self) -> frozenset[str]:
+        """Names in `without`."""
+        return frozenset(self.without.split("+")) - {""}
+
+    @property
+    def thread_count(self) -> int:
+        from graphopt.runtime.tvm_engine import available_processors
+
+        return self.threads or available_processors()
+
+    def tvm_target(self):
+        """The `tvm.target.Target` code is generated for."""
+        import tvm
+
+        described: dict[str, Any] = {"kind": "llvm", "mcpu": self.llvm_cpu, "mtriple": f"{self.arch}-linux-gnu"}
+        if self.arch == "aarch64":
+            described["mattr"] = ["+neon"]
+        return tvm.target.Target({**described, "num-cores": self.thread_count})
+
+    def lower(self, model: ir.Model) -> LoweredModel:
+        """Translate a model with static input shapes.
+
+        Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated, and
+        TargetError where an input is dynamic or TVM refuses a node.
+        """
+        from graphopt.targets.relax import importer, layer_calls, pipeline
+
+        self.check_precision()
+        integers = importer.multiplies_bytes(model)
+        tiles = integers and "amx_int8" in self.features
+        imported = importer.import_model(model, self.capabilities.float_lanes, self.precision, tiles)
+        module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
+        main = imported.module["main"]
+        fields = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
+        names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
+        outputs = [str(v.name) for v in model.graph.outputs]
+        return LoweredModel(
+            module,
+            tuple(_description(n, p.ty) for n, p in zip(names, main.params, strict=True)),
+            tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
+            tiles=self.uses_tiles(integers),
+            layers=layer_calls.layer_calls(module, imported.made_for),
+        )
+
+    def tune(
+        self,
+        lowered: Lowered,
+        *,
+        seconds: float,
+        database: Path,
+        seed: int = 0,
+        progress: Progress = SILENT,
+        fresh: bool = False,
+        everything: bool = False,
+    ) -> TuningReport:
+        """Search each kernel's space within `seconds`; kernels in `database` need no search.
+
+        Raises TargetError when the target is not this machine's processor: then nothing can be measured. With
+        `seconds` 0 the templates' first decisions stand.
+        """
+        from graphopt.targets.tuning import peak
+        from graphopt.targets.tuning.search import Search
+
+        if seconds > 0 and not self.features <= capabilities.host_features():
+            raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
+        lowered = cast(LoweredModel, lowered)
+        if seconds > 0 and lowered.tiles:
+            amx_permission.require(f"a kernel for {self}")
+        search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
+        report = search.run(seconds)
+        return peak.with_shares(report, self) if seconds > 0 else report
+
+    def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
+        """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""
+        from tvm.error import InternalError
+
+        from graphopt.runtime import tvm_engine
+        from graphopt.targets.relax import executable
+
+        lowered = cast(LoweredModel, lowered)
+        folder = Path(folder)
+        try:
+            library = folder / tvm_engine.LIBRARY
+            fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
+            executable.export(
+                self.scheduled(lowered),
+                self.tvm_target(),
+                fresh,
+                arch=self.arch,
+                jobs=tvm_engine.available_processors(),
+                in_place="concat" not in self.switched_off,
+            )
+            os.replace(fresh, library)
+        except (InternalError, RuntimeError, ValueError) as error:
+            raise _compile_error(error) from error
+        except OSError as error:
+            raise TargetError(f"cannot write {folder}: {error.strerror or error}") from error
+        described = {
+            "format": tvm_engine.FORMAT,
+            "arch": self.arch,
+            "mcpu": self.llvm_cpu,
+            "features": sorted(self.features),
+            "tvm": TVM_PIN,
+            "threads": self.thread_count,
+            "precision": self.precision,
+            "tiles": lowered.tiles,
+            "layers": [list(call) for call in lowered.layers],
+            "library_sha256": tvm_engine.library_digest(library),
+            "inputs": list(lowered.inputs),
+            "outputs": list(lowered.outputs),
+        }
+        (folder / tvm_engine.DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        return tvm_engine.LIBRARY, tvm_engine.DESCRIPTION
+
+    def scheduled(self, lowered: LoweredModel):
+        """The Relax module with a schedule applied to every kernel."""
+        from graphopt.targets import schedules
+        from graphopt.targets.relax import pipeline
+        from graphopt.targets.schedules.workload import Workload
+
+        kernels = {}
+        for name, func in pipeline.prim_funcs(lowered.module).items():
+            workload = Workload(func.with_attr("global_symbol", "main"), self.machine())
+            if name in lowered.decisions:
+                choice = schedules.Choice(lowered.decisions[name][0], dict(lowered.decisions[name][1]))
+            else:
+                choice = schedules.choices(workload)[0]
+            kernels[name] = schedules.schedule(workload, choice)
+        return pipeline.with_kernels(lowered.module, kernels)
+
+
+def _description(name: str, kind) -> dict[str, Any]:
+    return {"name": name, "dtype": str(np.dtype(str(kind.dtype))), "shape": [int(d) for d in kind.shape.values]}
+
+
+def _compile_error(error: BaseException) -> TargetError:
+    if isinstance(error, TargetError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return TargetError(
+        f"TVM could not compile the model: {lines[-1][:200] if lines else type(error).__name__}",
+        hint="the model can stay on ONNX Runtime",
+    )
