@@ -17,8 +17,8 @@ FLOORS = (
     {"errors", "spec", "capabilities", "arm_cores", "progress"},
     {"graph", "shapes", "model", "calibration", "measure"},
     {"passes.base", "targets.base"},
-    {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection", "output_folder",
-     "schedule_database"},
+    {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection",
+     "output_folder", "schedule_database"},
     {"plugins", "pipeline"},
     {"report", "settings", "diagnosis", "inspection_text"},
     set[str](),  # the stages of the driver: every room that is not named here
