@@ -45,6 +45,14 @@ class LatencyTable:
             else:
                 self.points.setdefault((pass_name, layer), {})[amount.macs] = seconds[layer]
 
+    def store(self, pass_name: str, seconds: Mapping[str, float]) -> None:
+        """What layers take as the pass stores them, in place of what was known."""
+        self.stored.update({(pass_name, layer): each for layer, each in seconds.items()})
+
+    def forget(self, pass_name: str) -> None:
+        """The pass makes no layer faster by storing it."""
+        self.stored.update({key: self.seconds.get(key[1], 0.0) for key in self.stored if key[0] == pass_name})
+
     def useless(self, pass_name: str, nodes: Sequence[str]) -> bool:
         """Whether it is known that the pass makes none of these layers faster: it leaves their arithmetic."""
         return bool(nodes) and all(

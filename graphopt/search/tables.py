@@ -25,6 +25,8 @@ from graphopt.search.sensitivity import Sensitivity
 
 LEVELS = (0.5, 1.0)
 """At which parts of each site's list of offers whole models are timed."""
+GAIN = 0.99
+"""Layers that a pass only stores otherwise must together take less than this of the whole time for that to be true."""
 WORTH = 0.001
 """An offer must be predicted to save this share of the whole cost for its effect to be measured."""
 
@@ -91,7 +93,24 @@ def time_layers(bench: Workbench, offering: Sequence[Pass], offers: Offers, cloc
                 if model is not None and seconds is not None:
                     table.add(each.name, differing(before, bench.amounts(model)), seconds)
             advance(1)
+    for each in offering:
+        if each.quantizes and offers.get(each):
+            _time_stored(bench, each, offers[each], clock, table)
     return table
+
+
+def _time_stored(bench: Workbench, each: Pass, offers: Sequence[Offer], clock: Clock, table: LatencyTable) -> None:
+    """Time again the layers that were faster as the pass stores them, now alone among the others as these are.
+
+    Where all layers are stored one way nothing is converted between them. What is not faster as a whole is forgotten.
+    """
+    faster = [offer for offer in offers if not table.useless(each.name, offer.nodes)]
+    model = _structure(bench, each, tuple(offer.value for offer in faster)) if faster and not bench.late else None
+    seconds = None if model is None else clock.time(model)
+    if seconds is not None and sum(seconds.values()) < GAIN * table.total:
+        table.store(each.name, {node: seconds.get(node, 0.0) for offer in faster for node in offer.nodes})
+    else:
+        table.forget(each.name)
 
 
 def weigh(

@@ -142,8 +142,13 @@ def test_a_layer_stored_otherwise_takes_what_was_timed():
     assert not known.useless("s", ["a", "b"]) and not known.useless("s", ["c"]) and not known.useless("p", ["a"])
     stored = choice("s", "a", "a", 0.1, a=100)
     assert known.predict({stored.place: stored}) == pytest.approx(25 + 8)
+    known.store("s", {"a": 9.0})
+    assert known.predict({stored.place: stored}) == pytest.approx(25 + 9)
+    known.store("s", {"a": 8.0})
     pruned = choice("p", "a", "a:x", 0.1, a=50)
     assert known.predict({each.place: each for each in (stored, pruned)}) == pytest.approx(25 + 10 * 0.8 * 0.6)
+    known.forget("s")
+    assert known.useless("s", ["a"]) and known.predict({stored.place: stored}) == pytest.approx(35)
 
 
 def test_a_layer_that_goes_away_takes_no_time_and_a_new_one_its_own():
