@@ -21,9 +21,8 @@ class Method:
     """The mildest setting comes first, and the last one that holds is taken; else the first one that holds."""
 
 
-def _low_rank(ratio: float) -> tuple[str, str]:
-    # By default the pass splits no layer that does not become 1.25 times cheaper: all ratios above 0.8 were the same.
-    return f"{ratio:g} of the layers' MACs", f"low-rank-split{{ratio={ratio:g},min_saving=1}},refit-layers"
+def _low_rank(energy: float) -> tuple[str, str]:
+    return f"{energy:g} of the energy", f"low-rank-split{{energy={energy:g}}},refit-layers"
 
 
 def _pruning(ratio: float) -> tuple[str, str]:
@@ -31,7 +30,7 @@ def _pruning(ratio: float) -> tuple[str, str]:
 
 
 METHODS = {
-    "low-rank": Method("low-rank alone", tuple(_low_rank(r) for r in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5))),
+    "low-rank": Method("low-rank alone", tuple(_low_rank(e) for e in (0.999, 0.995, 0.99, 0.98, 0.96, 0.94))),
     "pruning": Method("pruning alone", tuple(_pruning(r) for r in (0.03, 0.05, 0.1, 0.15, 0.2, 0.3))),
     "INT4": Method(
         "INT4 weights",
