@@ -18,6 +18,7 @@ from pathlib import Path
 from graphopt.errors import TargetError
 from graphopt.remote.address import Address
 from graphopt.remote.server_program import server_program
+from graphopt.targets.relax.link import cross_package
 
 QEMU_CPUS = {"generic": "cortex-a53", "cortex-a73": "cortex-a72", "cortex-a75": "cortex-a76"}
 """For cores that QEMU does not know: one with the same extensions."""
@@ -35,6 +36,11 @@ def find_system(arch: str) -> Path | None:
     return folder if (folder / "lib").is_dir() else None
 
 
+def remedy(arch: str) -> str:
+    """What to install."""
+    return f"`apt install qemu-user {cross_package(arch)}`"
+
+
 @contextmanager
 def emulated(arch: str, cpu: str) -> Iterator[Address]:
     """Start a server on an emulated `cpu` (QEMU's name); it ends with the context.
@@ -44,8 +50,7 @@ def emulated(arch: str, cpu: str) -> Iterator[Address]:
     emulator, system = find_emulator(arch), find_system(arch)
     if emulator is None or system is None:
         what = "QEMU" if emulator is None else f"the C library of {arch}"
-        package = f"g++-{arch}-linux-gnu".replace("_", "-")
-        raise TargetError(f"{what} is not installed", hint=f"`apt install qemu-user {package}`")
+        raise TargetError(f"{what} is not installed", hint=remedy(arch))
     program = server_program(arch)
     with tempfile.TemporaryDirectory(prefix="graphopt-emulated-") as folder:
         server = subprocess.Popen(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from graphopt.errors import TargetError
 from graphopt.remote.runtime_libraries import LIBRARIES, runtime_libraries
+from graphopt.targets.relax.link import cross_remedy
 
 SOURCE = Path(__file__).with_name("rpc_server.cc")
 _GLIBC = "2.28"
@@ -39,11 +40,7 @@ def server_program(arch: str) -> Path:
         return program
     compiler = find_compiler(arch)
     if compiler is None:
-        package = f"g++-{arch}-linux-gnu".replace("_", "-")
-        raise TargetError(
-            f"no C++ compiler for {arch}, and its RPC server needs one",
-            hint=f"`apt install {package}`, or `pip install 'graphopt[cross]'`",
-        )
+        raise TargetError(f"no C++ compiler for {arch}, and its RPC server needs one", hint=cross_remedy(arch))
     partial = folder / f".{program.name}.{os.getpid()}"
     include = tvm_ffi.libinfo.find_include_path()
     libraries = [f"-l:{name}" for name in LIBRARIES]

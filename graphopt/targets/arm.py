@@ -8,9 +8,13 @@ from typing import ClassVar
 from graphopt import capabilities
 from graphopt.arm_cores import ARM_FEATURES, find_board, find_core
 from graphopt.capabilities import Capabilities
+from graphopt.targets.base import Diagnosis
 from graphopt.targets.llvm import LlvmTarget
+from graphopt.targets.relax import link
 
+ARCH = "aarch64"
 USUAL_CORES = 4
+"""Where no device says how many."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Arm(LlvmTarget):
 
     @property
     def arch(self) -> str:
-        return "aarch64"
+        return ARCH
 
     @property
     def features(self) -> frozenset[str]:
@@ -57,3 +61,17 @@ class Arm(LlvmTarget):
     @property
     def thread_count(self) -> int:
         return self.threads or (find_board(self.device).cores if self.device else USUAL_CORES)
+
+
+def doctor() -> list[Diagnosis]:
+    """What there is to compile for ARM with, and to run it in."""
+    from graphopt.remote import emulator
+
+    linker = link.find_linker(ARCH)
+    rows = [
+        Diagnosis("linker for ARM", linker is not None, " ".join(linker) if linker else "none", link.cross_remedy(ARCH))
+    ]
+    if capabilities.host_arch() != ARCH:
+        found = emulator.find_emulator(ARCH) if emulator.find_system(ARCH) else None
+        rows.append(Diagnosis("emulator of ARM", found is not None, found or "none", emulator.remedy(ARCH)))
+    return rows

@@ -55,5 +55,9 @@ def link_shared(output: str | Path, objects: list[str], arch: str | None = None)
 
 def cross_remedy(arch: str) -> str:
     """What to install to link for another processor."""
-    package = f"g++-{arch}-linux-gnu".replace("_", "-")
-    return f"`pip install 'graphopt[cross]'` (ziglang brings one), or `apt install {package}`"
+    return f"`pip install 'graphopt[cross]'` (ziglang brings one), or `apt install {cross_package(arch)}`"
+
+
+def cross_package(arch: str) -> str:
+    """Debian's package of GNU's compiler and C library for another processor."""
+    return f"g++-{arch}-linux-gnu".replace("_", "-")
