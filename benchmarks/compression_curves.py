@@ -18,6 +18,8 @@ from graphopt.report.scatter import Series, scatter
 
 SETTINGS = 5
 """Of each method, the strongest ones."""
+SINGLE = (FP32, INT8)
+"""Points rather than curves."""
 WITH_INT8 = {"low-rank": "low-rank + INT8", "pruning": "pruning + INT8"}
 
 
@@ -32,9 +34,9 @@ def draw_curves(maker: Maker, given: argparse.Namespace) -> None:
     for name, why in result.failed.items():
         print(f"{name}: not timed: {why}", file=sys.stderr)
     print("| method | setting | latency, ms | top-1 | lost |\n|---|---|---|---|---|")
-    shown = [_series(line, settings, result) for line, settings in lines.items()]
-    if given.auto is not None:
-        shown += _front(maker, given, result)
+    drawn = [_series(line, settings, result) for line, settings in lines.items()]
+    front = [] if given.auto is None else _front(maker, given, result)
+    shown = [*drawn[len(SINGLE) :], *front, *drawn[: len(SINGLE)]]  # what comes last lies on top
     picture = scatter(
         [each for each in shown if each.points], "latency, ms", "top-1, %", maker.exact.top1 - given.max_drop
     )
