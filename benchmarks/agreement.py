@@ -23,7 +23,7 @@ from graphopt.samples import random_feeds
 
 
 def openvino_runner(path: Path):
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports] - of the extra `bench`
 
     request = (
         openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
