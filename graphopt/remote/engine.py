@@ -11,7 +11,7 @@ import numpy as np
 
 from graphopt.errors import DataError, TargetError
 from graphopt.remote.address import Address
-from graphopt.runtime.tvm_engine import LIBRARY, read_description
+from graphopt.runtime.tvm_engine import LIBRARY, last_line, read_description
 
 
 class RemoteEngine:
@@ -33,7 +33,7 @@ class RemoteEngine:
             self._device: Any = self._session.cpu(0)
             self._machine: Any = relax.VirtualMachine(self._session.load_module(LIBRARY), self._device)
         except (RuntimeError, OSError) as error:
-            raise TargetError(f"{address} cannot run {self.folder}: {_last_line(error)}") from error
+            raise TargetError(f"{address} cannot run {self.folder}: {last_line(error)}") from error
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -61,9 +61,4 @@ class RemoteEngine:
             tensors = [found] if hasattr(found, "numpy") else list(found)
             return {name: each.numpy() for name, each in zip(self._outputs, tensors, strict=True)}
         except (RuntimeError, OSError) as error:
-            raise TargetError(f"{self.address} stopped running {self.folder}: {_last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+            raise TargetError(f"{self.address} stopped running {self.folder}: {last_line(error)}") from error

@@ -63,7 +63,7 @@ class TvmEngine:
             self._main = self._machine["main"]
         except (RuntimeError, OSError, ValueError, AttributeError) as error:
             raise ArtifactError(
-                f"{library} cannot be loaded: {_last_line(error)}", hint="build the artifact again"
+                f"{library} cannot be loaded: {last_line(error)}", hint="build the artifact again"
             ) from error
         self._inputs = [_Slot(spec) for spec in description["inputs"]]
         self._outputs = [str(spec["name"]) for spec in description["outputs"]]
@@ -283,6 +283,7 @@ def _check_whole(library: Path, description: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{library} is damaged: it is not the file that was built", hint="build the artifact again")
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What a library's error comes down to: TVM puts a trace before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
