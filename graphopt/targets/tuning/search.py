@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.progress import Advance, Progress
+from graphopt.runtime.tvm_engine import last_line, set_threads
 from graphopt.targets import schedules
 from graphopt.targets.base import TuningReport
 from graphopt.targets.tuning import database as databases
@@ -94,8 +95,6 @@ class Search:
 
     def _explore(self, deadline: float, advance: Advance) -> bool:
         """Build and time candidates; False when time ran out before all searches had ended."""
-        from graphopt.runtime.tvm_engine import set_threads
-
         set_threads(self.target.thread_count)
         open_tasks = self._unfinished(self.tasks)
         with BuildPool(usable_processors()) as pool:
@@ -154,7 +153,7 @@ class Search:
                 best_us, time_us = self._bench.duel(task.run, run)
         except (RuntimeError, ValueError, TypeError) as error:  # what a kernel's own checks raise
             task.fail(position)
-            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({_last_line(error)})")
+            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({last_line(error)})")
             return
         task.settle(position, time_us, best_us, run)
         self.roofline.observe(task.cost, task.times[task.best], schedules.arithmetic_share(task.choice))
@@ -209,8 +208,3 @@ def _load(library: str) -> Any:
     with contextlib.suppress(OSError):
         os.unlink(library)  # it stays mapped
     return module
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:160] if lines else type(error).__name__
