@@ -30,27 +30,38 @@ def find_compiler(arch: str) -> list[str] | None:
 
 
 def server_program(arch: str) -> Path:
-    """The executable, beside the libraries it needs. Raises TargetError: it cannot be compiled."""
+    """The RPC server's executable, beside the libraries it needs. Raises TargetError: it cannot be compiled."""
+    return device_program(arch, SOURCE)
+
+
+def device_program(arch: str, source: Path) -> Path:
+    """A C++ program of graphopt's own, compiled against TVM's runtime for `arch`, beside the libraries it needs.
+
+    Raises TargetError: there is no compiler, or it fails.
+    """
     import tvm_ffi.libinfo
 
     folder = runtime_libraries(arch)
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    program = folder / f"rpc_server-{digest}"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    program = folder / f"{source.stem}-{digest}"
     if program.is_file():
         return program
     compiler = find_compiler(arch)
     if compiler is None:
-        raise TargetError(f"no C++ compiler for {arch}, and its RPC server needs one", hint=cross_remedy(arch))
-    partial = folder / f".{program.name}.{os.getpid()}"
-    include = tvm_ffi.libinfo.find_include_path()
-    libraries = [f"-l:{name}" for name in LIBRARIES]
+        raise TargetError(f"no C++ compiler for {arch}, and {source.name} needs one", hint=cross_remedy(arch))
     command = [
-        *compiler, "-O2", "-std=c++17", f"-I{include}", str(SOURCE), "-o", str(partial), f"-L{folder}",
-        "-Wl,--no-as-needed", *libraries, "-Wl,-rpath,$ORIGIN",
+        *compiler, "-O2", "-std=c++17", f"-I{tvm_ffi.libinfo.find_include_path()}", str(source), f"-L{folder}",
+        "-Wl,--no-as-needed", *(f"-l:{name}" for name in LIBRARIES), "-Wl,-rpath,$ORIGIN",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return compiled(command, program, source.name)
+
+
+def compiled(command: list[str], output: Path, what: str) -> Path:
+    """Run a compiler; `output` is there whole or not at all. Raises TargetError with the compiler's last line."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise TargetError(f"the RPC server cannot be compiled: {said[-1][:200] if said else compiler[0]}")
-    partial.replace(program)
-    return program
+        raise TargetError(f"{what} cannot be compiled: {said[-1][:200] if said else command[0]}")
+    partial.replace(output)
+    return output
