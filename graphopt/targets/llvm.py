@@ -125,6 +125,16 @@ class LlvmTarget(Target):
             described["mattr"] = ["+neon"]
         return tvm.target.Target({**described, "num-cores": self.thread_count})
 
+    def form(self, integers: bool):
+        """How values are stored; `integers`: the model multiplies bytes."""
+        from graphopt.targets.relax.values import Form
+
+        known = self.capabilities
+        # A block of bytes fills a register of 16 bytes, as a block of float32 fills one of 64.
+        width = 16 if integers and known.float_lanes < 16 and self.arch == "aarch64" else 0
+        tiles = integers and "amx_int8" in self.features
+        return Form(known.float_lanes, self.precision, tiles, known.activation_dtype, width)
+
     def lower(self, model: ir.Model) -> LoweredModel:
         """Translate a model with static input shapes.
 
@@ -135,8 +145,7 @@ class LlvmTarget(Target):
 
         self.check_precision()
         integers = importer.multiplies_bytes(model)
-        tiles = integers and "amx_int8" in self.features
-        imported = importer.import_model(model, self.capabilities.float_lanes, self.precision, tiles)
+        imported = importer.import_model(model, self.form(integers))
         module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
         main = imported.module["main"]
         fields = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]

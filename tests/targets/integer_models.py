@@ -20,13 +20,24 @@ def runnable(mcpu: str) -> Cpu:
     return target
 
 
-def quantized_conv(seed: int, shape, outs, kernel, *, zero: int, weights: int = 127, bias: bool = False, **attributes):
-    """x uint8 -> DequantizeLinear -> Conv of int8 weights with scales of 1: its output is the 32-bit sums."""
+def quantized_conv(
+    seed: int,
+    shape,
+    outs,
+    kernel,
+    *,
+    zero: int,
+    weights: int = 127,
+    bias: bool = False,
+    dtype: type = np.uint8,
+    **attributes,
+):
+    """x of bytes -> DequantizeLinear -> Conv of int8 weights with scales of 1: its output is the 32-bit sums."""
     rng = np.random.default_rng(seed)
     groups = attributes.get("group", 1)
-    x = rng.integers(0, 256, shape).astype(np.uint8)
+    x = rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, shape).astype(dtype)
     w = rng.integers(-weights, weights + 1, (outs, shape[1] // groups, *kernel)).astype(np.int8)
-    constants = {"s": np.float32(1), "z": np.uint8(zero), "w": w, "ws": np.ones(outs, np.float32),
+    constants = {"s": np.float32(1), "z": dtype(zero), "w": w, "ws": np.ones(outs, np.float32),
                  "wz": np.zeros(outs, np.int8), "b": rng.integers(-9999, 9999, outs).astype(np.int32)}  # fmt: skip
     nodes = [
         node("DequantizeLinear", ["x", "s", "z"], ["xd"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +17,18 @@ from graphopt.cli import group
 from graphopt.errors import ArtifactError, DataError, SpecError, TargetError
 from graphopt.plugins import parse_target
 from graphopt.remote.address import Address
-from graphopt.remote.emulator import QEMU_CPUS, emulated
+from graphopt.remote.emulator import QEMU_CPUS
 from graphopt.remote.engine import RemoteEngine
 from graphopt.runtime.tvm_engine import TvmEngine
 from graphopt.targets.arm import Arm
 from graphopt.targets.relax import link
+from tests.targets.arm_folders import build
 from tests.targets.integer_models import integer_conv, quantized_conv
 from tests.targets.oracle import close, model, node, reference, sum_tolerance, uniform
 
 DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits" / "digits.onnx"
 AARCH64 = 183
 """e_machine in an ELF header."""
-
-
-def build(model, target: Arm, folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    lowered = target.lower(model)
-    target.tune(lowered, seconds=0, database=folder / "schedules.jsonl")
-    target.build(lowered, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One folder for TVM's ARM libraries and the server: they are fetched and compiled once."""
-    return tmp_path_factory.mktemp("arm-cache")
-
-
-@pytest.fixture(scope="module")
-def device(cache):
-    """A function from QEMU's name of a core to the address of one; skips where there is no emulator."""
-    with ExitStack() as running:
-        started: dict[str, Address] = {}
-
-        def start(cpu: str) -> Address:
-            if cpu not in started:
-                try:
-                    with pytest.MonkeyPatch.context() as patch:
-                        patch.setenv("GRAPHOPT_CACHE", str(cache))
-                        started[cpu] = running.enter_context(emulated("aarch64", cpu))
-                except TargetError as error:
-                    pytest.skip(f"{error}; {error.hint}")
-            return started[cpu]
-
-        yield start
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,7 @@ def test_isa_classes():
         "avx512", "avx2-vnni", "avx2", "sse",
     )  # fmt: skip
     assert signature.isa_class("aarch64", frozenset({"asimd"})) == "neon"
+    assert signature.isa_class("aarch64", frozenset({"asimd", "asimddp"})) == "neon-dot"
 
 
 def test_constants_of_kernels():

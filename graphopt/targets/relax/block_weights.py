@@ -61,7 +61,7 @@ def product(builder: Builder, data: Value, weight: Value) -> Value | None:
     rows = int(np.prod(data.shape[:-1]))
     if rows > FEW_ROWS or builder.narrows:
         return None
-    encoded = data.encoded if data.encoded is not None and data.encoded.source.dtype == "uint8" else None
+    encoded = data.encoded if data.encoded is not None and data.encoded.source.dtype == builder.byte_type else None
     source = builder.plain(data) if encoded is None else builder.moved(encoded.source)
     columns, lanes = weight.integers.shape[1], builder.lanes
     tiles = -(-columns // lanes)

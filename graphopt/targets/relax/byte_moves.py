@@ -9,9 +9,10 @@ scale, it moves their bytes instead.
 *Quantize before moving.* Concat of values with different scales, all to be quantized with another one, rescales each
 of them first and moves bytes as well.
 
-*Unsigned activations.* The dot products of x86 multiply unsigned bytes by signed ones. An int8 activation x with zero
-point z is the same as the uint8 activation x + 128 with zero point z + 128, so where such a value goes from
-QuantizeLinear to DequantizeLinear, directly or through moves, only the zero points change.
+*One type of activations.* The dot products of x86 multiply unsigned bytes by signed ones, those of ARM signed bytes by
+signed ones. An int8 activation x with zero point z is the same as the uint8 activation x + 128 with zero point z + 128,
+so where such a value goes from QuantizeLinear to DequantizeLinear, directly or through moves, only the zero points
+change.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Scheme = tuple[float, int, str]
 """Scale, zero point and element type of a value with one of each."""
 
 
-def rewrite(model: ir.Model) -> None:
-    """Apply the rewrites to the main graph, in place."""
+def rewrite(model: ir.Model, byte_type: str) -> None:
+    """Apply the rewrites to the main graph, in place; activations become `byte_type`, `uint8` or `int8`."""
     for node in list(model.graph):
         _dequantize_after(model.graph, node)
     for node in reversed(list(model.graph)):
         _quantize_before(model.graph, node)
-    _unsign(model.graph)
+    _make(model.graph, byte_type)
 
 
 def scheme_of(node: ir.Node) -> Scheme | None:
@@ -137,11 +138,12 @@ def _dequantizing(value: ir.Value) -> Scheme | None:
     return found if found is not None and found[2] in ("uint8", "int8") else None
 
 
-def _unsign(graph: ir.Graph) -> None:
-    """int8 values that begin at QuantizeLinear and end at DequantizeLinear become uint8."""
+def _make(graph: ir.Graph, byte_type: str) -> None:
+    """Bytes of the other type that begin at QuantizeLinear and end at DequantizeLinear become `byte_type`."""
+    other = "int8" if byte_type == "uint8" else "uint8"
     families: dict[ir.Value, _Family] = {}
     for node in graph:
-        if node.op_type == "QuantizeLinear" and (scheme_of(node) or (0, 0, ""))[2] == "int8":
+        if node.op_type == "QuantizeLinear" and (scheme_of(node) or (0, 0, ""))[2] == other:
             families[node.outputs[0]] = _Family([node.outputs[0]])
         elif _moves(node):
             sources = [families.get(value) for value in _data_inputs(node)]
@@ -155,12 +157,12 @@ def _unsign(graph: ir.Graph) -> None:
             families.update(dict.fromkeys(joined.members, joined))
     for family in {id(family): family for family in families.values()}.values():
         if family.begins_here and all(_ends_dequantized(value) for value in family.members):
-            _shift(graph, family.members)
+            _shift(graph, family.members, byte_type)
 
 
 @dataclass
 class _Family:
-    """int8 values that moves connect."""
+    """Values of one type that moves connect."""
 
     members: list[ir.Value]
     begins_here: bool = True
@@ -176,16 +178,17 @@ def _ends_dequantized(value: ir.Value) -> bool:
     )
 
 
-def _shift(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
-    """Add 128 to all bytes of these values, and to the zero points of those who make and read them."""
+def _shift(graph: ir.Graph, values: Iterable[ir.Value], byte_type: str) -> None:
+    """Make these values `byte_type`: 128 more, or less, with the zero points of those who make and read them."""
+    more = 128 if byte_type == "uint8" else -128
     for value in values:
         producer = value.producer()
         ends = [use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"]
         for node in [*ends, *([producer] if producer is not None and producer.op_type == "QuantizeLinear" else [])]:
             scheme = scheme_of(node)
             assert scheme is not None
-            point = ir.node("Constant", [], {"value": ir.tensor(np.asarray(scheme[1] + 128, np.uint8))})
-            point.outputs[0].name = f"{node.name or node.outputs[0].name}/unsigned"
+            point = ir.node("Constant", [], {"value": ir.tensor(np.asarray(scheme[1] + more, byte_type))})
+            point.outputs[0].name = f"{node.name or node.outputs[0].name}/{byte_type}"
             graph.insert_before(node, point)
             if len(node.inputs) > 2:
                 node.replace_input_with(2, point.outputs[0])
@@ -194,4 +197,4 @@ def _shift(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
                 node.replace_input_with(2, point.outputs[0])
             if node is producer:
                 node.attributes.pop("output_dtype", None)
-        value.type = ir.TensorType(ir.DataType.UINT8)
+        value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(byte_type)))

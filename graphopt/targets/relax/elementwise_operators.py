@@ -247,6 +247,11 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     if looked_up is not None:
         return [looked_up]
     found = _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
-    if dtype == "uint8" and data.is_image and data.channels <= integer_computes.QUAD and found[0].blocked is None:
+    if (
+        dtype == builder.byte_type
+        and data.is_image
+        and data.channels <= integer_computes.QUAD
+        and found[0].blocked is None
+    ):
         found[0].origin = Origin(builder.plain(data), factor, int(offset))
     return found

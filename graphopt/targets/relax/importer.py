@@ -47,7 +47,7 @@ from graphopt.targets.relax import (
     views,
 )
 from graphopt.targets.relax.emitters import EMITTERS, Node
-from graphopt.targets.relax.values import Builder, Value, element_type
+from graphopt.targets.relax.values import Builder, Form, Value, element_type
 
 _ = (
     convolution,
@@ -105,12 +105,10 @@ class Imported:
     """The constants in it, and the label of the ONNX node each was made for."""
 
 
-def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles: bool = False) -> Imported:
+def import_model(model: ir.Model, form: Form) -> Imported:
     """A model with static input shapes as Relax.
 
-    `lanes` are the float32 lanes of a vector; `precision` is `float32` or `bfloat16` (see `values`). `tiles`: kernels
-    multiply bytes in AMX tiles, so blocks of channels are rows of one. Inputs and outputs of the graph keep their ONNX
-    types in either.
+    `form`: how values are stored; inputs and outputs of the graph keep their ONNX types and layouts in any.
 
     Inputs that are also initializers are constants. Raises UnsupportedOperatorError naming every operator that has no
     translation (and one node of each), and TargetError for anything else TVM refuses.
@@ -121,10 +119,10 @@ def import_model(model: ir.Model, lanes: int, precision: str = "float32", tiles:
     if any(_quantizes(node.op_type) or node.op_type == "MatMulNBits" for node in proto.graph.node):
         quantized = ir.from_proto(proto)
         qoperators.rewrite(quantized)
-        byte_moves.rewrite(quantized)
+        byte_moves.rewrite(quantized, form.byte_type)
         proto = ir.to_proto(quantized)
     _check_operators(proto)
-    return _Importer(proto, lanes, precision, tiles).run()
+    return _Importer(proto, form).run()
 
 
 def _check_operators(proto: onnx.ModelProto) -> None:
@@ -147,11 +145,11 @@ def _label(node: onnx.NodeProto) -> str:
 
 
 class _Importer:
-    def __init__(self, proto: onnx.ModelProto, lanes: int, precision: str, tiles: bool):
+    def __init__(self, proto: onnx.ModelProto, form: Form):
         from tvm import relax
 
         self.proto = proto
-        self.builder = Builder(relax.BlockBuilder(), lanes, precision, tiles)
+        self.builder = Builder(relax.BlockBuilder(), form)
         self.opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.values: dict[str, Value] = {}
         self.consumers = _consumers(proto.graph)

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from graphopt.targets.relax import elementwise, rounding
+from graphopt.targets.relax.borders import borders
 from graphopt.targets.relax.computes import ROW, WINDOW
 
 PAIRS = "graphopt.pairs"
-"""Annotation of a block that multiplies bytes: 1 where two neighbouring products always fit 16 bits."""
+"""Annotation of a block that multiplies bytes: 1 where two products always fit 16 bits; see `fits_pairs`."""
 START = "start"
 """The block behind an integer anchor that adds what its sums start from."""
 PIXELS, SCALE = "graphopt.pixels", "graphopt.scale"
@@ -43,9 +44,10 @@ def conv2d(
 ):
     """2-D convolution of bytes: `start` plus sums of products of what is stored, zero points not regarded.
 
-    data: (N, C / icb, H * W, icb) uint8; weight: (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4) int8;
-    start: (1, M / ocb, 1, ocb) int32 -> (N, M / ocb, oH * oW, ocb) int32. `pads` (top, left, bottom, right) are
-    positions whose bytes are 0. `pairs`: what `fits_pairs` says of the weight.
+    data: (N, C / icb, H * W, icb) uint8 or int8; weight: (M / ocb, C / groups / icb, kH, kW, icb / 4, ocb * 4) int8;
+    start: (1, M / ocb, 1, ocb) int32, or (1, M / ocb, classes, ocb) with a number for each class of outputs that see
+    the same taps (see `borders`) -> (N, M / ocb, oH * oW, ocb) int32. `pads` (top, left, bottom, right) are positions
+    whose bytes are 0. `pairs`: what `fits_pairs` says of the weight.
     """
     from tvm import te
 
@@ -78,7 +80,14 @@ def conv2d(
             PAIRS: int(pairs),
         },
     )
-    return te.compute(sums.shape, lambda n, o, p, v: sums[n, o, p, v] + start[0, o, 0, v], name=START)
+    down, across = borders(size, (k_h, k_w), strides, dilations, pads[:2], out_size)
+    varies = int(start.shape[2]) > 1
+
+    def from_start(n, o, p, v):
+        seen: Any = down.class_of(p // out_w) * across.classes + across.class_of(p % out_w) if varies else 0
+        return sums[n, o, p, v] + start[0, o, seen, v]
+
+    return te.compute(sums.shape, from_start, name=START)
 
 
 def start_from(sums, start):
@@ -185,10 +194,11 @@ def less_zero_point(sums, weights, zero_point):
 
 
 def shift(data):
-    """int8 -> uint8, 128 more."""
+    """int8 -> uint8, 128 more; uint8 -> int8, 128 less."""
     from tvm import te
 
-    return te.compute(data.shape, lambda *i: (data[i].astype("int32") + 128).astype("uint8"), name="shift")
+    more, dtype = (128, "uint8") if str(data.dtype) == "int8" else (-128, "int8")
+    return te.compute(data.shape, lambda *i: (data[i].astype("int32") + more).astype(dtype), name="shift")
 
 
 def pad_cells(data, filler, *, size: tuple[int, int], pads: tuple[int, int, int, int]):
@@ -207,7 +217,7 @@ def pad_cells(data, filler, *, size: tuple[int, int], pads: tuple[int, int, int,
     return te.compute((batch, blocks, high * wide, lanes), cell, name="pad_cells")
 
 
-def pixels(data, *, scale: float, zero_point: int, pads: tuple[int, int, int, int]):
+def pixels(data, *, scale: float, zero_point: int, pads: tuple[int, int, int, int], dtype: str):
     """A picture (N, C, H, W) of at most four channels as blocked bytes, (N, 1, H' * W', 4), in a frame of zeros.
 
     Absent channels are 0. `graphopt.pixels` tells its template H, W, pads (4) and the zero point.
@@ -217,7 +227,7 @@ def pixels(data, *, scale: float, zero_point: int, pads: tuple[int, int, int, in
     batch, channels, height, width = (int(d) for d in data.shape)
     top, left, bottom, right = pads
     high, wide = height + top + bottom, width + left + right
-    quantize = elementwise.quantize_of(scale, zero_point, "uint8")
+    quantize = elementwise.quantize_of(scale, zero_point, dtype)
 
     def cell(n, c, p, v):
         y, x = p // wide - top, p % wide - left
@@ -228,8 +238,8 @@ def pixels(data, *, scale: float, zero_point: int, pads: tuple[int, int, int, in
             tirx.max(tirx.min(y, height - 1), 0),
             tirx.max(tirx.min(x, width - 1), 0),
         ]
-        level = tirx.if_then_else(inside, quantize(source), tirx.const(zero_point, "uint8"))
-        return level if channels == QUAD else tirx.if_then_else(v < channels, level, tirx.const(0, "uint8"))
+        level = tirx.if_then_else(inside, quantize(source), tirx.const(zero_point, dtype))
+        return level if channels == QUAD else tirx.if_then_else(v < channels, level, tirx.const(0, dtype))
 
     described = {PIXELS: [height, width, *pads, zero_point], SCALE: float(np.float32(scale)).hex()}
     return te.compute((batch, 1, high * wide, QUAD), cell, name="pixels", attrs=described)
@@ -294,11 +304,14 @@ def pack_weight(kernel: np.ndarray, lanes_in: int, lanes_out: int) -> np.ndarray
     return np.ascontiguousarray(split).reshape(rows, columns, k_h, k_w, lanes_in // QUAD, lanes_out * QUAD)
 
 
-def fits_pairs(weight: np.ndarray) -> bool:
-    """Whether 255 times the packed weights (..., 4 * n) of each pair of neighbours stays within 16 bits."""
-    pairs = weight.reshape(-1, 2).astype(np.int32)
-    largest = np.maximum(pairs, 0).sum(axis=1).max(initial=0)
-    least = np.minimum(pairs, 0).sum(axis=1).min(initial=0)
+def fits_pairs(weight: np.ndarray, byte_type: str) -> bool:
+    """Whether packed weights (..., 4 * n) times bytes add up within 16 bits: those of neighbours for unsigned bytes,
+    those that are a pair apart for signed ones. These are the sums that processors make."""
+    quads = weight.reshape(-1, 2, 2).astype(np.int32)
+    if byte_type == "int8":
+        return int(quads.sum(axis=1).min(initial=0)) > -256
+    largest = np.maximum(quads, 0).sum(axis=2).max(initial=0)
+    least = np.minimum(quads, 0).sum(axis=2).min(initial=0)
     return 255 * int(largest) <= 32767 and 255 * int(least) >= -32768
 
 

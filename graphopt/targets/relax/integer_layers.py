@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.targets.relax import computes, integer_computes
+from graphopt.targets.relax.borders import borders
 from graphopt.targets.relax.emitters import Node, output_size, pads_of
 from graphopt.targets.relax.grouping import merge_groups
 from graphopt.targets.relax.rows import Rows, rows_of
@@ -87,8 +88,7 @@ class Weights:
 
 def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: Value | None) -> Value | None:
     """A two-dimensional convolution of bytes; None where it is not one."""
-    encoded = data.encoded
-    if encoded is None or encoded.source.dtype != "uint8" or not data.is_image or not isinstance(weight, Integers):
+    if data.encoded is None or not _is_bytes(data.encoded) or not data.is_image or not isinstance(weight, Integers):
         return None
     weights = weight.signed(0)
     if weights is None or not weights.fit:
@@ -98,8 +98,8 @@ def convolution(builder: Builder, node: Node, data: Value, weight: Value, bias: 
 
 def dense_or_depthwise(builder: Builder, node: Node, data: Value, weights: Weights, bias: Value | None) -> Value | None:
     """A convolution of an encoded picture with the attributes of `node` and weights (M, C / groups, kH, kW)."""
-    encoded = data.encoded
-    assert data.shape is not None and encoded is not None
+    assert data.shape is not None and data.encoded is not None
+    encoded = _multiplied(builder, data.encoded)
     geometry = geometry_of(node, data.shape[2:], weights.integers.shape[2:])
     groups = int(node.get("group", 1))
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
@@ -109,16 +109,38 @@ def dense_or_depthwise(builder: Builder, node: Node, data: Value, weights: Weigh
         sums = _depthwise(builder, encoded, weights.integers, plan.start, geometry)
     else:
         plan = _planned(encoded.scale, encoded.zero_point, weights, bias, INTEGER_SUMS)
-        frame = builder.constant(np.full(1, encoded.zero_point, np.uint8)) if encoded.zero_point else None
-        sums = dense_sums(builder, encoded.source, weights.integers, plan.start, groups, geometry, frame)
+        start, frame = plan.start, None
+        if encoded.zero_point and builder.byte_type == "int8":
+            start = _border_starts(start, weights.integers, encoded.zero_point, geometry)
+        elif encoded.zero_point:
+            frame = builder.constant(np.full(1, encoded.zero_point, np.uint8))
+        sums = dense_sums(builder, encoded.source, weights.integers, start, groups, geometry, frame)
     shape = (data.shape[0], weights.integers.shape[0], *geometry["out_size"])
     return plan.result(shape, sums)
+
+
+def _is_bytes(encoded: Encoded) -> bool:
+    return encoded.source.dtype in computes.BYTES
+
+
+def _multiplied(builder: Builder, encoded: Encoded) -> Encoded:
+    """The same numbers as bytes of the type that dot products multiply."""
+    if encoded.source.dtype == builder.byte_type:
+        return encoded
+    source, dtype = encoded.source, builder.byte_type
+    if source.blocked is None:
+        plain = builder.call(integer_computes.shift, builder.plain(source), pattern=ELEMENTWISE)
+        shifted = Value(source.shape, dtype, plain=plain)
+    else:
+        blocked = builder.call(integer_computes.shift, source.blocked, pattern=ELEMENTWISE)
+        shifted = Value(source.shape, dtype, blocked=blocked, block=source.block)
+    return Encoded(shifted, encoded.scale, encoded.zero_point + (128 if dtype == "uint8" else -128))
 
 
 def transposed_weights(data: Value, weight: Value, groups: int) -> Weights | None:
     """The int8 weights (C, M / groups, kH, kW) of a transposed convolution of bytes, and a scale for each of the M
     outputs; None where it is not one."""
-    if data.encoded is None or data.encoded.source.dtype != "uint8" or not isinstance(weight, Integers):
+    if data.encoded is None or not _is_bytes(data.encoded) or not isinstance(weight, Integers):
         return None
     weights = weight.signed(1)
     if weights is None or (groups > 1 and weight.scale.size > 1):
@@ -140,6 +162,15 @@ class _Plan:
     def result(self, shape: tuple[int, ...], sums: Any) -> Value:
         found = Sums(sums, self.factors, self.offsets, self.largest)
         return Value(shape, "float32", sums=found, block=int(sums.ty.shape[3]))
+
+
+def _border_starts(start: np.ndarray, kernel: np.ndarray, zero_point: int, geometry: dict[str, Any]) -> np.ndarray:
+    """int32 (M, classes): what the sums of each class of outputs start from, where the taps outside are skipped."""
+    down, across = borders(kernel=kernel.shape[2:], **{**geometry, "pads": geometry["pads"][:2]})
+    taps = kernel.astype(np.int64).sum(axis=1)
+    seen = np.einsum("mij,ri,cj->mrc", taps, down.seen().astype(np.int64), across.seen().astype(np.int64))
+    missed = taps.sum(axis=(1, 2))[:, None, None] - seen
+    return (start[:, None] + zero_point * missed.reshape(len(kernel), -1)).astype(np.int32)
 
 
 FLOAT_SUMS, INTEGER_SUMS = 1 << 24, 1 << 31
@@ -205,8 +236,7 @@ def product(
 
     None where it is not one.
     """
-    encoded = data.encoded
-    if encoded is None or encoded.source.dtype != "uint8" or not isinstance(weight, Integers) or not data.shape:
+    if data.encoded is None or not _is_bytes(data.encoded) or not isinstance(weight, Integers) or not data.shape:
         return None
     if weight.integers.ndim != 2 or len(data.shape) < 2:
         return None
@@ -218,6 +248,7 @@ def product(
         return None
     if data.shape[-1] != matrix.shape[1] or (bias is not None and bias.size not in (1, len(matrix))):
         return None
+    encoded = _multiplied(builder, data.encoded)
     plan = _planned(encoded.scale, encoded.zero_point, Weights(matrix, weights.scales), bias, INTEGER_SUMS)
     sums = row_sums(builder, encoded.source, data.shape, matrix, plan.start)
     assert sums.shape is not None
@@ -225,7 +256,7 @@ def product(
 
 
 def row_sums(builder: Builder, source: Value, shape: tuple[int, ...], matrix: np.ndarray, start: np.ndarray) -> Value:
-    """`start` plus 32-bit sums of uint8 data (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
+    """`start` plus 32-bit sums of bytes (..., K) times int8 (N, K), as a blocked value (1, N, 1, M) of M rows.
 
     The rows are the positions of a 1x1 convolution. Where they are not in blocks its one input block is a whole row,
     which vectors read where it lies; tiles want blocks of their own size.
@@ -256,7 +287,7 @@ def row_sums(builder: Builder, source: Value, shape: tuple[int, ...], matrix: np
         dilations=(1, 1),
         groups=1,
         out_size=(1, rows),
-        pairs=integer_computes.fits_pairs(packed),
+        pairs=integer_computes.fits_pairs(packed, builder.byte_type),
         pattern=FUSABLE_ROOT,
     )
     return Value((1, columns, 1, rows), "int32", blocked=sums, block=int(sums.ty.shape[3]))
@@ -369,8 +400,9 @@ def dense_sums(
     geometry: dict[str, Any],
     frame: Any,
 ) -> Any:
-    """`start` plus 32-bit sums of a uint8 picture times an int8 kernel (M, C / groups, kH, kW), in blocked form.
+    """`start` plus 32-bit sums of a picture of bytes times an int8 kernel (M, C / groups, kH, kW), in blocked form.
 
+    `start` is (M,), or (M, classes) with one for each class of outputs at the border (see `borders`).
     `frame` is a Relax tensor of one byte, which stands for zeros around the picture; None where that byte is 0.
     """
     size, pads = geometry["size"], geometry["pads"]
@@ -393,7 +425,7 @@ def dense_sums(
         builder.constant(packed),
         _along_channels(builder, start, packed),
         groups=groups,
-        pairs=integer_computes.fits_pairs(packed),
+        pairs=integer_computes.fits_pairs(packed, builder.byte_type),
         pattern=FUSABLE_ROOT,
         **geometry,
     )
@@ -407,13 +439,15 @@ def _pixels(builder: Builder, origin: Origin, pads: tuple[int, int, int, int]) -
         scale=origin.scale,
         zero_point=origin.zero_point,
         pads=pads,
+        dtype=builder.byte_type,
         pattern=OPAQUE,
     )
 
 
 def _along_channels(builder: Builder, numbers: np.ndarray, packed: np.ndarray) -> Any:
-    """One int32 for each output of packed weights."""
+    """One int32, or as many as there are columns, for each output of packed weights: (1, M / ocb, columns, ocb)."""
     lanes = packed.shape[-1] // integer_computes.QUAD
-    padded = np.zeros(len(packed) * lanes, np.int32)
+    numbers = numbers.reshape(len(numbers), -1)
+    padded = np.zeros((len(packed) * lanes, numbers.shape[1]), np.int32)
     padded[: len(numbers)] = numbers
-    return builder.constant(padded.reshape(1, len(packed), 1, lanes))
+    return builder.constant(padded.reshape(1, len(packed), lanes, -1).swapaxes(2, 3))

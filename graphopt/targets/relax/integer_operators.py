@@ -28,7 +28,7 @@ def matmul_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
     if matrix is None or len(data.shape) < 2:
         return None
     matrix = np.ascontiguousarray(matrix.T)
-    source, zero = _unsigned(builder, data, data_zero)
+    source, zero = _multiplied(builder, data, data_zero)
     sums = row_sums(builder, source, data.shape, matrix, np.zeros(len(matrix), np.int32))
     return [rows_of(builder, _corrected(builder, sums, matrix, zero), (*data.shape[:-1], len(matrix)))]
 
@@ -42,7 +42,7 @@ def conv_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | 
     kernel = _signed(weight.const, weight_zero, 0)
     if kernel is None or not data.is_image:
         return None
-    source, zero = _unsigned(builder, data, data_zero)
+    source, zero = _multiplied(builder, data, data_zero)
     geometry = geometry_of(node, data.shape[2:], kernel.shape[2:])
     start = np.zeros(len(kernel), np.int32)
     made = dense_sums(builder, source, kernel, start, int(node.get("group", 1)), geometry, zero)
@@ -71,13 +71,15 @@ def _signed(integers: np.ndarray, zero: Value | None, axis: int) -> np.ndarray |
     return difference.astype(np.int8)
 
 
-def _unsigned(builder: Builder, data: Value, zero: Value | None) -> tuple[Value, Any]:
-    """The bytes without a sign, and their zero point as a Relax tensor of one byte."""
+def _multiplied(builder: Builder, data: Value, zero: Value | None) -> tuple[Value, Any]:
+    """The bytes as the type that is multiplied, and their zero point as a Relax tensor of one byte."""
     point = builder.constant(np.zeros(1, np.dtype(data.dtype))) if zero is None else builder.plain(zero)
-    if data.dtype == "uint8":
+    if data.dtype == builder.byte_type:
         return data, point
     shifted = builder.call(integer_computes.shift, builder.plain(data), pattern=ELEMENTWISE)
-    return Value(data.shape, "uint8", plain=shifted), builder.call(integer_computes.shift, point, pattern=ELEMENTWISE)
+    return Value(data.shape, builder.byte_type, plain=shifted), builder.call(
+        integer_computes.shift, point, pattern=ELEMENTWISE
+    )
 
 
 def _corrected(builder: Builder, sums: Value, weights: np.ndarray, zero: Any) -> Value:

@@ -184,18 +184,29 @@ class Value:
         return self.lanes > 0 and self.channels % self.lanes != 0
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a processor wants values stored."""
+
+    lanes: int
+    """float32 lanes of a vector."""
+    precision: str = "float32"
+    """`float32` or `bfloat16`: what float32 images are stored as."""
+    tiles: bool = False
+    """Bytes are multiplied in AMX tiles, whose rows are 64 of them."""
+    byte_type: str = "uint8"
+    """The type of activations that dot products multiply with int8 weights."""
+    width: int = 0
+    """Channels of a full block; 0: as many as lanes."""
+
+
 class Builder:
-    """Emits Relax bindings and converts values between their forms, each at most once.
+    """Emits Relax bindings and converts values between their forms, each at most once."""
 
-    `precision` is `float32` or `bfloat16`: what float32 images are stored as. `tiles`: bytes are multiplied in AMX
-    tiles, whose rows are 64 of them.
-    """
-
-    def __init__(self, block_builder, lanes: int, precision: str = "float32", tiles: bool = False):
+    def __init__(self, block_builder, form: Form):
         self.bb = block_builder
-        self.lanes = lanes
-        self.precision = precision
-        self.tiles = tiles
+        self.lanes, self.precision, self.tiles, self.byte_type = form.lanes, form.precision, form.tiles, form.byte_type
+        self.width = form.width or form.lanes
         self.layer = ""
         """Label of the ONNX node being emitted."""
         self.made_for: list[tuple[Any, str]] = []
@@ -213,13 +224,13 @@ class Builder:
         return self.precision == bfloat16.DTYPE
 
     def block_for(self, channels: int) -> int:
-        """The channel block of a value: one vector register, or a narrower one for a few channels."""
+        """The channel block of a value: a full one, or a narrower one for a few channels, or where it pads fewer."""
         if self.tiles and channels > 4:
             return 64 if channels > 32 else 32 if channels > 16 else 16
         if self.narrows:
             return 32 if channels > 16 else 16  # a vector of bfloat16, which is also a row of an AMX tile
-        block = self.lanes
-        while block > 4 and channels <= block // 2:
+        block = self.width
+        while block > 4 and (channels <= block // 2 or (block > 2 * self.lanes and 0 < channels % block <= block // 2)):
             block //= 2
         return block
 

@@ -17,6 +17,7 @@ section II-K (int16 kernels); Intel, Lower Numerical Precision Deep Learning Inf
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from graphopt.targets.relax.integer_computes import START
@@ -29,6 +30,8 @@ from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Kernel,
 NAME = "conv2d_int8"
 VERSION = 1
 ANCHOR = "conv2d_int8"
+HALVED = {"words": "int16", "smlal": "int8", "smull": "int8"}
+"""Ways that read the two halves of a quad's weights apart, and their type."""
 
 __all__ = ["ANCHOR", "NAME", "VERSION", "apply", "match", "predicted_cycles"]
 
@@ -42,7 +45,7 @@ def match(workload: Workload) -> list[Decision] | None:
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
-    """Schedule a function whose anchor block is `conv2d_int8`; for `words` the weight is wanted as such."""
+    """Schedule a function whose anchor block is `conv2d_int8`; some ways want the weight in a form of their own."""
     from tvm import tirx
 
     block = workload.blocks[ANCHOR]
@@ -62,7 +65,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     index, weight = wide
     params = list(func.params)
     params[index] = weight
-    return Kernel(tirx.PrimFunc(params, func.body, attrs=func.attrs), {index: dot.as_words})
+    repack = dot.as_words if loops.way == "words" else dot.as_pairs
+    return Kernel(tirx.PrimFunc(params, func.body, attrs=func.attrs), {index: repack})
 
 
 class IntegerLoops(ConvolutionLoops):
@@ -78,21 +82,25 @@ class IntegerLoops(ConvolutionLoops):
         assert way is not None
         self.way: dot.Way = way
         self.weight_bytes = dot.QUAD * (2 if way == "words" else 1)
+        if way in dot.ARM_WAYS:
+            self.at_once = next(n for n in (4, 2, 1) if self.window.in_lanes % n == 0)
 
     def widened_weight(self) -> tuple[int, Any] | None:
-        """For `words`: which parameter the weight is, and the one that takes its place from now on."""
+        """For ways of HALVED: which parameter the weight is, and the one that takes its place from now on."""
         from tvm import tirx
 
-        if self.way != "words":
+        if self.way not in HALVED:
             return None
         index = next(i for i, param in enumerate(self.func.params) if param.same_as(self.weight))
         *lead, quads = (int(d) for d in self.weight.shape)
-        self.weight = tirx.decl_buffer((*lead, 2, quads // 2), "int16", "weight")
+        self.weight = tirx.decl_buffer((*lead, 2, quads // 2), HALVED[self.way], "weight")
         return index, self.weight
 
     def _products(self, step: Step, sums: Any, cell: Callable[..., Any]) -> Any:
         from tvm import tirx
 
+        if self.at_once > 1:
+            return self._several(step, sums, cell)
         one = tirx.const(1, "int32")
         wide: Any = self.lanes
         stores = []
@@ -108,11 +116,37 @@ class IntegerLoops(ConvolutionLoops):
                         stores.append(tirx.BufferStore(sums, total, [place]))
         return sequence(stores)
 
+    def _several(self, step: Step, sums: Any, cell: Callable[..., Any]) -> Any:
+        """`at_once` quads: they are loaded together, and each is a lane of its register."""
+        from tvm import tirx
+
+        one = tirx.const(1, "int32")
+        wide: Any = self.lanes
+        first = step.lane * self.at_once
+        statements, loaded = [], {}
+        for row in step.rows.outputs:
+            for column in step.columns.outputs:
+                *at, _ = self._read(step, row, column)
+                loaded[row, column] = tirx.Var(f"quads{len(loaded)}", f"int32x{self.at_once}")
+                quads = dot.quads_at(self.data, tuple(at), first, self.at_once)
+                statements.append(tirx.Bind(loaded[row, column], quads))
+        for lane in range(self.at_once):
+            now = replace(step, lane=first + lane)
+            for out in range(step.outs):
+                for vector in range(self.vectors):
+                    weights = self._weights(now, out, vector)
+                    for (row, column), quads in loaded.items():
+                        place = tirx.Ramp(tirx.const(cell(out, row, column, vector, 0), "int32"), one, wide)
+                        quad = tirx.Shuffle([quads], [tirx.const(lane, "int32")])
+                        total = dot.products(self.way, self.lanes, sums[place], quad, weights)
+                        statements.append(tirx.BufferStore(sums, total, [place]))
+        return sequence(statements)
+
     def _weights(self, step: Step, out: int, vector: int) -> list[Any]:
         """The weights of one vector of outputs: one vector, or one of each half of the quads."""
         from tvm import tirx
 
-        halves = 2 if self.way == "words" else 1
+        halves = 2 if self.way in HALVED else 1
         each = dot.QUAD // halves
         width: Any = each * self.lanes
         *at, first = self._weighed(step, out, vector * self.lanes)

@@ -98,6 +98,8 @@ class ConvolutionLoops:
     """Element type of the sums."""
     START = ""
     """The block behind the anchor that adds what sums start from, if there is one: one number a channel."""
+    at_once = 1
+    """Input lanes of a step."""
 
     def __init__(self, workload: Workload):
         from tvm.ir.expr import TensorLoad
@@ -253,7 +255,9 @@ class ConvolutionLoops:
             if self.start is None:
                 return zero
             out, vector = k // per_out, k % self.vectors
-            return self.start[0, place.group * self.window.out_blocks + place.out + out, 0, vector * lanes + v]
+            row, column = divmod(k % per_out // self.vectors, columns.size)
+            seen = self._class(place.row + row, place.column + column)
+            return self.start[0, place.group * self.window.out_blocks + place.out + out, seen, vector * lanes + v]
 
         begin = self._vector(lambda v: [tirx.BufferStore(sums, first(k, v), [k * lanes + v]) for k in every])
         end = self._vector(results)
@@ -279,7 +283,7 @@ class ConvolutionLoops:
 
             turn = (place.number * plan.panel + ico) * steps + step
             requests = self._requests(place, outs, plan, turn, plan.tiles * plan.panel * steps)
-            return sequence([*requests, loop("ici", self.window.in_lanes, accumulate)])
+            return sequence([*requests, loop("ici", self.window.in_lanes // self.at_once, accumulate)])
 
         def at_block(ico):
             done, statements = 0, []
@@ -302,6 +306,15 @@ class ConvolutionLoops:
             return sequence(statements)
 
         return sequence([tirx.AllocBuffer(sums), begin, loop("ico", plan.panel, at_block), end])
+
+    def _class(self, row, column) -> Any:
+        """Which of the numbers that sums start from an output has; see `borders`."""
+        if int(self.start.shape[2]) == 1:
+            return 0
+        down, across = self.window.rows.border, self.window.columns.border
+        if self.window.flipped:
+            return down.class_of(row)
+        return down.class_of(row) * across.classes + across.class_of(column)
 
     def _products(self, step: Step, sums, cell: Callable[..., Any]) -> Any:
         """Add to every sum of a tile its products at one tap and one input lane. `cell(out, row, column, vector, v)` is

@@ -1,7 +1,7 @@
-"""Products of unsigned bytes with signed ones, four to a 32-bit lane, by the instructions that a processor has.
+"""Products of bytes, four to a 32-bit lane, by the instructions that a processor has.
 
-`uint8` bytes of the input are broadcast, a quad to every lane; `int8` weights are a quad a lane. What each adds to a
-vector of 32-bit sums, in order of preference:
+Bytes of the input are broadcast, a quad to every lane; `int8` weights are a quad a lane. What each way adds to a vector
+of 32-bit sums, in order of preference. On x86, where the input's bytes are unsigned:
 
 - `vnni`: VPDPBUSD, one instruction, exact (AVX512-VNNI on whole registers, AVX-VNNI on 32 bytes);
 - `pairs`: VPMADDUBSW, then VPMADDWD by ones, then an addition. Two products are added in 16 bits, with saturation, so
@@ -9,7 +9,16 @@ vector of 32-bit sums, in order of preference:
 - `words`: the bytes of even and of odd places apart as 16-bit words, each multiplied by VPMADDWD: exact for all
   weights, which are stored as words. Taken from SSSE3 on (x86-64-v2); older processors have no template.
 
-Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (VPDPBUSD, PMADDUBSW, PMADDWD).
+On ARM, where they are signed:
+
+- `sdot`: SDOT, one instruction; the quad is a lane of a register that holds four of them;
+- `smlal`: a quad's two pairs apart. SMULL and SMLAL add the products of both, in 8 places of 16 bits, which hold them
+  unless all four factors are -128 (annotation PAIRS); SADALP adds neighbours to the 32-bit sums. Weights are stored as
+  pairs;
+- `smull`: the same, each pair added by itself.
+
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2 (VPDPBUSD, PMADDUBSW, PMADDWD); Arm
+Architecture Reference Manual for A-profile, C7.2 (SDOT, SMULL, SMLAL, SADALP).
 """
 
 from __future__ import annotations
@@ -21,21 +30,28 @@ import numpy as np
 from graphopt.targets.relax.integer_computes import PAIRS, QUAD
 from graphopt.targets.schedules.workload import Machine
 
-Way = Literal["vnni", "pairs", "words"]
+Way = Literal["vnni", "pairs", "words", "sdot", "smlal", "smull"]
+ARM_WAYS = ("sdot", "smlal", "smull")
+_SAFER: dict[str, Way] = {"pairs": "words", "smlal": "smull"}
+"""What is taken where products do not fit 16 bits."""
 _VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256", 4: "llvm.x86.avx512.vpdpbusd.128"}
 _PAIRS = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw", 4: "llvm.x86.ssse3.pmadd.ub.sw.128"}
 _WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 
 
 def way(machine: Machine, block: Any) -> Way | None:
-    """The best exact way for the weights of an integer block; None where the machine is no x86 processor."""
+    """The best exact way for the weights of an integer block; None where the machine has none."""
     best = best_way(machine)
-    return "words" if best == "pairs" and not int(block.annotations[PAIRS]) else best
+    if best in _SAFER and not int(block.annotations[PAIRS]):
+        return _SAFER[best]
+    return best
 
 
 def best_way(machine: Machine) -> Way | None:
     """The same for small weights."""
     features = machine.features
+    if "asimd" in features:
+        return "sdot" if "asimddp" in features else "smlal"
     if not features & {"ssse3", "avx2", "avx512f"}:
         return None
     if ("avx512_vnni" if machine.lanes == 16 else "avx_vnni") in features and machine.lanes > 4:
@@ -51,15 +67,30 @@ def as_words(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(quads, -1, -3)).reshape(*weight.shape[:-1], 2, -1)
 
 
+def as_pairs(weight: np.ndarray) -> np.ndarray:
+    """(..., 4 * n) int8 quads -> (..., 2, 2 * n): the first pairs of all quads, then the second ones."""
+    quads = weight.reshape(*weight.shape[:-1], -1, 2, 2)  # quad, pair, place in the pair
+    return np.ascontiguousarray(np.moveaxis(quads, -2, -3)).reshape(*weight.shape[:-1], 2, -1)
+
+
 def products(way: Way, lanes: int, sums: Any, quad: Any, weights: list[Any]) -> Any:
     """`sums` (int32 x lanes) plus the products of `quad` (one int32 with four bytes) and a vector of weights.
 
-    `weights` is one vector (int8 x 4 lanes), for `words` two (int16 x 2 lanes).
+    `weights` is one vector (int8 x 4 lanes); for `words` two (int16 x 2 lanes), for `smlal` and `smull` two (int8 x 2
+    lanes).
     """
     from tvm import tirx
 
     wide: Any = lanes
+    if way in ("smlal", "smull"):
+        words = _words(lanes, quad, weights)
+        for each in [words[0] + words[1]] if way == "smlal" else words:
+            sums = sums + _call(f"llvm.aarch64.neon.saddlp.v{lanes}i32.v{2 * lanes}i16", "int32", lanes, each)
+        return sums
     spread = tirx.Broadcast(quad, wide)
+    if way == "sdot":
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return _call(name, "int32", lanes, sums, weights[0], _as("int8", QUAD * lanes, spread))
     if way == "vnni":
         return _call(_VNNI[lanes], "int32", lanes, sums, _as("int8", QUAD * lanes, spread), weights[0])
     if way == "pairs":
@@ -73,6 +104,29 @@ def products(way: Way, lanes: int, sums: Any, quad: Any, weights: list[Any]) -> 
     for half, weight in zip((even, odd), weights, strict=True):
         sums = sums + _call(_WORDS[lanes], "int32", lanes, _as("int16", 2 * lanes, half), weight)
     return sums
+
+
+def _words(lanes: int, quad: Any, weights: list[Any]) -> list[Any]:
+    """int16 x 2 lanes for each pair of a quad: its products with the weights."""
+    from tvm import tirx
+
+    wide: Any = lanes
+    pairs = _as("int16", 2, quad)
+    found = []
+    for half, weight in enumerate(weights):
+        pair = tirx.Broadcast(tirx.Shuffle([pairs], [tirx.const(half, "int32")]), wide)
+        name = f"llvm.aarch64.neon.smull.v{2 * lanes}i16"
+        found.append(_call(name, "int16", 2 * lanes, _as("int8", 2 * lanes, pair), weight))
+    return found
+
+
+def quads_at(buffer: Any, indices: tuple[Any, ...], first: Any, count: int) -> Any:
+    """`count` neighbouring quads along the last axis, from the `first` on, as int32 x count."""
+    from tvm import tirx
+
+    bytes_: Any = QUAD * count
+    place = tirx.Ramp(first * QUAD, tirx.const(1, "int32"), bytes_)
+    return tirx.reinterpret(f"int32x{count}", tirx.BufferLoad(buffer, [*indices, place]))
 
 
 def quad_at(buffer: Any, indices: tuple[Any, ...], quad: Any) -> Any:

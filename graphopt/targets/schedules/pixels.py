@@ -47,7 +47,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     one: Any = tirx.const(1, "int32")
     many: Any = lanes
     whole_bytes: Any = QUAD * lanes
-    blank = sum(zero_point << 8 * c for c in range(channels))
+    kind = str(out.ty.dtype)
+    blank = sum((zero_point & 255) << 8 * c for c in range(channels))
 
     def ramp(first: Any, count: Any) -> Any:
         return tirx.Ramp(tirx.const(first, "int32") if isinstance(first, int) else first, one, count)
@@ -55,7 +56,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     def store(n: Any, place: Any, pixels: Any) -> Any:
         zero = tirx.const(0, "int32")
         whole = ramp(place * QUAD, whole_bytes)
-        return tirx.BufferStore(out, tirx.reinterpret(f"uint8x{QUAD * lanes}", pixels), [n, zero, zero, whole])
+        return tirx.BufferStore(out, tirx.reinterpret(f"{kind}x{QUAD * lanes}", pixels), [n, zero, zero, whole])
 
     def spread(number: int) -> Any:
         signed = number - (1 << 32) if number >= 1 << 31 else number
@@ -65,7 +66,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
         total: Any = None
         for c in range(channels):
             plane = tirx.const(c, "int32")
-            level = _levels(tirx.BufferLoad(data, [n, plane, y, ramp(x, many)]), scale, zero_point, lanes)
+            level = _levels(tirx.BufferLoad(data, [n, plane, y, ramp(x, many)]), scale, zero_point, lanes, kind)
             placed = level << spread(8 * c) if c else level
             total = placed if total is None else total | placed
         return store(n, (y + top) * wide + left + x, total)
@@ -87,7 +88,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
             four: Any = QUAD
             quad: Any = tirx.const(blank - (1 << 32) if blank >= 1 << 31 else blank, "int32")
             place = tirx.Ramp((first + i) * QUAD, one, four)
-            found.append(tirx.BufferStore(out, tirx.reinterpret("uint8x4", quad), [n, zero, zero, place]))
+            found.append(tirx.BufferStore(out, tirx.reinterpret(f"{kind}x4", quad), [n, zero, zero, place]))
         return found
 
     def edge(n: Any, first: int, rows: int) -> Any:
@@ -107,8 +108,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     return Kernel(workload.func.with_body(rooted(sequence(parts))))
 
 
-def _levels(x: Any, scale: float, zero_point: int, lanes: int) -> Any:
-    """`elementwise.quantize_of` to uint8 on a vector, as int32."""
+def _levels(x: Any, scale: float, zero_point: int, lanes: int, kind: str) -> Any:
+    """`elementwise.quantize_of` to `kind` on a vector: int32 whose lowest byte it is, the others 0."""
     import numpy as np
     from tvm import tirx
 
@@ -119,6 +120,8 @@ def _levels(x: Any, scale: float, zero_point: int, lanes: int) -> Any:
     def spread(number: float) -> Any:
         return tirx.Broadcast(tirx.const(float(np.float32(number)), "float32"), many)
 
-    bounded = tirx.max(tirx.min(x / spread(scale), spread(255 - zero_point)), spread(-zero_point))
+    least, largest = np.iinfo(kind).min, np.iinfo(kind).max
+    bounded = tirx.max(tirx.min(x / spread(scale), spread(largest - zero_point)), spread(least - zero_point))
     whole: Any = tirx.call_intrin(f"int32x{lanes}", rounding.OPERATOR, bounded)
-    return whole + tirx.Broadcast(tirx.const(zero_point, "int32"), many) if zero_point else whole
+    level: Any = whole + tirx.Broadcast(tirx.const(zero_point, "int32"), many) if zero_point else whole
+    return level & tirx.Broadcast(tirx.const(255, "int32"), many) if kind == "int8" else level

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.targets.relax.borders import Border
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -66,6 +68,11 @@ class Axis:
                 found.append(Run(first, size, 1, taps))
             first += size
         return found
+
+    @property
+    def border(self) -> Border:
+        """Which outputs see the same taps."""
+        return Border(self.extent, self.length, self.kernel, self.stride, self.dilation, self.pad)
 
     def clipped(self, output) -> tuple[Any, Any]:
         """Expressions: the first tap inside the picture that output number `output` reads, and how many it reads."""

@@ -23,7 +23,7 @@ _CLASSES: tuple[tuple[str, frozenset[str]], ...] = (
 def isa_class(arch: str, features: frozenset[str]) -> str:
     """The class of processors that share decisions: those whose code uses the same vectors and dot products."""
     if arch == "aarch64":
-        return "neon"
+        return "neon-i8mm" if "i8mm" in features else "neon-dot" if "asimddp" in features else "neon"
     return next((name for name, needed in _CLASSES if needed <= features), "sse")
 
 
