@@ -43,9 +43,9 @@ class Candidate:
     def runner(self, threads: int) -> Runner:
         """Open it for running in this process."""
         if self.record.engine == "tvm":
-            from graphopt.runtime.tvm_engine import TvmEngine
+            from graphopt.runtime.compiled import open_compiled
 
-            return TvmEngine(self.path, threads).run
+            return open_compiled(self.path, threads).run
         from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(self.path, threads).run
@@ -116,12 +116,12 @@ class Compiler:
         return tuning
 
     def _compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
-        from graphopt.runtime.tvm_engine import TvmEngine
+        from graphopt.runtime.compiled import open_compiled
 
         folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
         try:
             tuning = self.build(variant.model, folder, precision, tune_seconds)
-            run = TvmEngine(folder, None).run
+            run = open_compiled(folder, None).run
             if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
                 errors = _verify(run, variant, self.reference)
             else:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from graphopt.errors import SpecError, nearest
 
-DotInt8 = Literal["amx", "avx512vnni", "avxvnni", "avx512bw", "avx2", "none", "sdot", "i8mm", "smlal"]
+DotInt8 = Literal["amx", "avx512vnni", "avxvnni", "avx512bw", "avx2", "none", "sdot", "i8mm", "smlal", "mma"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Capabilities:
 
     @property
     def activation_dtype(self) -> Literal["uint8", "int8"]:
-        """The activation type its dot instruction multiplies: u8 x s8 on x86, s8 x s8 on ARM."""
-        return "uint8" if self.arch == "x86_64" else "int8"
+        """The activation type its dot instruction multiplies: u8 x s8 on x86, s8 x s8 on ARM and GPUs."""
+        return "uint8" if self.arch == "x86_64" and self.dot_int8 != "mma" else "int8"
 
     @property
     def reduce_range(self) -> bool:
@@ -136,6 +136,15 @@ def arm_capabilities(features: frozenset[str]) -> Capabilities:
     """Capabilities of a 64-bit ARM processor with these extensions."""
     dot: DotInt8 = "i8mm" if "i8mm" in features else "sdot" if "asimddp" in features else "smlal"
     return Capabilities("aarch64", features, dot, 4)
+
+
+def gpu_capabilities(host: str, features: frozenset[str]) -> Capabilities:
+    """Capabilities of an NVIDIA GPU with these features (see `gpu_names`) beside a `host` processor.
+
+    Its threads have no vectors, but channels are read 16 bytes at a time: 8 of float16.
+    """
+    arch: Literal["x86_64", "aarch64"] = "aarch64" if host == "aarch64" else "x86_64"
+    return Capabilities(arch, features, "mma", 8)
 
 
 def host_capabilities() -> Capabilities:

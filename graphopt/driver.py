@@ -139,7 +139,7 @@ def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, P
     if not target.runs_here:
         raise TargetError(
             f"{target} is not the kind of processor this machine has: nothing can be measured on it from here",
-            hint="build for it from Python: see docs/arm.md",
+            hint=f"build for it from Python: see docs/{target.name}.md",
         )
     settings, target = settled(settings, target)
     threads = getattr(target, "threads", None) or os.cpu_count() or 1

@@ -37,6 +37,7 @@ BUILTIN_PASSES = {
 BUILTIN_TARGETS = {
     "cpu": "graphopt.targets.cpu:Cpu",
     "arm": "graphopt.targets.arm:Arm",
+    "cuda": "graphopt.targets.cuda:Cuda",
 }
 PASS_GROUP = "graphopt.passes"
 TARGET_GROUP = "graphopt.targets"

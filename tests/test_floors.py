@@ -14,7 +14,7 @@ import graphopt
 PACKAGE = Path(graphopt.__file__).parent
 
 FLOORS = (
-    {"errors", "spec", "capabilities", "arm_cores", "progress"},
+    {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress"},
     {"graph", "shapes", "model", "calibration", "measure"},
     {"passes.base", "targets.base"},
     {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection",

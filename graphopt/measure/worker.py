@@ -26,7 +26,7 @@ from graphopt.measure import wire
 # By name, not by import: the worker is below the runtime that it opens, and needs one engine, not all.
 _ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime": ("graphopt.runtime.onnxruntime_engine", "OnnxRuntimeEngine"),
-    "tvm": ("graphopt.runtime.tvm_engine", "TvmEngine"),
+    "tvm": ("graphopt.runtime.compiled", "open_compiled"),
     "artifact": ("graphopt", "load"),
 }
 _PR_SET_PDEATHSIG = 1

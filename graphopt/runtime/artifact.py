@@ -38,9 +38,9 @@ class Artifact:
         self._compiled_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
         self._flexible_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
         if self.engine == "tvm":
-            from graphopt.runtime.tvm_engine import TvmEngine
+            from graphopt.runtime.compiled import open_compiled
 
-            self._compiled_run = TvmEngine(folder / COMPILED, threads).run
+            self._compiled_run = open_compiled(folder / COMPILED, threads).run
             self._compiled_shapes = tuple(
                 (name, tuple(shape), np.dtype(self._inputs[name]["dtype"]))
                 for name, shape in manifest["compiled_shapes"].items()

@@ -49,7 +49,7 @@ class TvmEngine:
         if description.get("tiles", older):
             amx_permission.require(str(self.folder))
         library = self.folder / LIBRARY
-        _check_whole(library, description)
+        check_whole(library, description)
         self.threads = threads or available_processors()
         _prepare_pool()
 
@@ -57,7 +57,7 @@ class TvmEngine:
         from tvm.runtime.vm import VirtualMachine
 
         try:
-            module: Any = _load(library, description["library_sha256"])
+            module: Any = load_library(library, description["library_sha256"])
             processor: Any = tvm.cpu()
             self._machine = VirtualMachine(module, processor)
             self._main = self._machine["main"]
@@ -188,7 +188,7 @@ _loaded: dict[str, str] = {}
 """Digest of the library first loaded from a path, for the life of the process."""
 
 
-def _load(library: Path, digest: str):
+def load_library(library: Path, digest: str):
     """Load a library.
 
     The dynamic linker knows libraries by path and would hand out an older file of the same path again, so one that was
@@ -271,7 +271,7 @@ def _check_processor(description: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _check_whole(library: Path, description: Mapping[str, Any]) -> None:
+def check_whole(library: Path, description: Mapping[str, Any]) -> None:
     """A truncated library would end the process when it is mapped, so its digest is checked first."""
     try:
         digest = library_digest(library)

@@ -147,14 +147,11 @@ class LlvmTarget(Target):
         integers = importer.multiplies_bytes(model)
         imported = importer.import_model(model, self.form(integers))
         module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
-        main = imported.module["main"]
-        fields = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
         names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
         outputs = [str(v.name) for v in model.graph.outputs]
         return LoweredModel(
             module,
-            tuple(_description(n, p.ty) for n, p in zip(names, main.params, strict=True)),
-            tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
+            *tensor_descriptions(imported.module, names, outputs),
             tiles=self.uses_tiles(integers),
             layers=layer_calls.layer_calls(module, imported.made_for),
         )
@@ -209,7 +206,7 @@ class LlvmTarget(Target):
             )
             os.replace(fresh, library)
         except (InternalError, RuntimeError, ValueError) as error:
-            raise _compile_error(error) from error
+            raise compile_error(error) from error
         except OSError as error:
             raise TargetError(f"cannot write {folder}: {error.strerror or error}") from error
         described = {
@@ -246,11 +243,23 @@ class LlvmTarget(Target):
         return pipeline.with_kernels(lowered.module, kernels)
 
 
+def tensor_descriptions(module, names, outputs):
+    """Name, element type and shape of the inputs and of the outputs of a Relax module's `main`, as engine.json has
+    them."""
+    main = module["main"]
+    fields = list(main.ret_ty.fields) if hasattr(main.ret_ty, "fields") else [main.ret_ty]
+    return (
+        tuple(_description(n, p.ty) for n, p in zip(names, main.params, strict=True)),
+        tuple(_description(n, f) for n, f in zip(outputs, fields, strict=True)),
+    )
+
+
 def _description(name: str, kind) -> dict[str, Any]:
     return {"name": name, "dtype": str(np.dtype(str(kind.dtype))), "shape": [int(d) for d in kind.shape.values]}
 
 
-def _compile_error(error: BaseException) -> TargetError:
+def compile_error(error: BaseException) -> TargetError:
+    """What TVM's error comes down to."""
     if isinstance(error, TargetError):
         return error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

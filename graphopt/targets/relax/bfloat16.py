@@ -28,10 +28,13 @@ from graphopt.targets.relax import own_operators
 OPERATOR = "graphopt.narrow"
 FEATURE = "avx512_bf16"
 DTYPE = "bfloat16"
+HALF = "float16"
+NARROW = (DTYPE, HALF)
+"""What float32 images may be stored as."""
 
 
 def widen(x):
-    """float32 of a bfloat16 expression, exact; a float32 expression stays as it is."""
+    """float32 of a bfloat16 or float16 expression, exact; a float32 expression stays as it is."""
     return x.astype("float32")
 
 
@@ -43,8 +46,19 @@ def narrow(x):
     return tirx.reinterpret(DTYPE, tirx.call_intrin("uint16", OPERATOR, x))
 
 
-def narrow_array(array: np.ndarray) -> np.ndarray:
-    """A float array as numpy's (ml_dtypes') bfloat16, rounded to nearest even."""
+def cast(dtype: str):
+    """A function from a float32 expression to a narrower one by the target's own conversion, nearest even."""
+    return lambda x: x.astype(dtype)
+
+
+def narrow_array(array: np.ndarray, dtype: str = DTYPE) -> np.ndarray:
+    """A float array as float16, or numpy's (ml_dtypes') bfloat16, rounded to nearest even.
+
+    float16 ends at 65504: larger numbers become infinite.
+    """
+    if dtype == HALF:
+        with np.errstate(over="ignore"):
+            return np.asarray(array, np.float32).astype(np.float16)
     import ml_dtypes
 
     return np.asarray(array, np.float32).astype(ml_dtypes.bfloat16)

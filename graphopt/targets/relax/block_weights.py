@@ -59,7 +59,7 @@ def product(builder: Builder, data: Value, weight: Value) -> Value | None:
     if not isinstance(weight, Blocks) or not data.shape or data.shape[-1] != len(weight.integers):
         return None
     rows = int(np.prod(data.shape[:-1]))
-    if rows > FEW_ROWS or builder.narrows:
+    if rows > FEW_ROWS or builder.narrows or not builder.lanes:
         return None
     encoded = data.encoded if data.encoded is not None and data.encoded.source.dtype == builder.byte_type else None
     source = builder.plain(data) if encoded is None else builder.moved(encoded.source)

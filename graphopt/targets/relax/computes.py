@@ -4,7 +4,7 @@ Activations of images are kept in *blocked* form: (N, C / block, H * W, block), 
 to a multiple of `block`. The block is one vector register, so every kernel vectorises over it; H and W stay one axis,
 so a register tile of a 1x1 convolution may cross rows and an elementwise epilogue tiles exactly like its producer.
 
-Operands may be float32 or bfloat16 (see `bfloat16`); sums, and so results, are float32.
+Operands may be float32, bfloat16 or float16 (see `bfloat16`); sums, and so results, are float32.
 
 Block names are what schedule templates match on: `conv2d`, `depthwise`, `window_max`, `window_sum`, `packed_matmul`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax.bfloat16 import DTYPE, widen
+from graphopt.targets.relax.bfloat16 import DTYPE, NARROW, widen
 
 ROW = "graphopt.row"
 """Block annotation: how many positions in a row read neighbouring positions of the input."""
@@ -340,7 +340,7 @@ def blend_cells(data, tops, bottoms, down, lefts, rights, along, *, width: int):
 
 
 def number(x, zero_point: int = 0):
-    """An element in float32: bfloat16 widened, a byte less its zero point."""
+    """An element in float32: 16-bit floats widened, a byte less its zero point."""
     if str(x.dtype) not in BYTES:
         return widen(x)
     whole: Any = x.astype("int32")
@@ -348,8 +348,8 @@ def number(x, zero_point: int = 0):
 
 
 def _computed(x, dtype: str):
-    """An element as it is computed with: bfloat16 in float32, integers as they are."""
-    return widen(x) if dtype == DTYPE else x
+    """An element as it is computed with: 16-bit floats in float32, integers as they are."""
+    return widen(x) if dtype in NARROW else x
 
 
 def _lowest(dtype: str) -> float:

@@ -28,7 +28,6 @@ import onnx_ir as ir
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.graph import constant_of
 from graphopt.targets.relax import (
-    bfloat16,
     block_weights,
     byte_moves,
     constants,
@@ -294,7 +293,8 @@ class _Importer:
                 hint="the model can stay on ONNX Runtime",
             )
         dims: Any = shape.values
-        dtype = "float32" if str(kind.dtype) == bfloat16.DTYPE else str(kind.dtype)
+        stored = self.builder.narrows and str(kind.dtype) == self.builder.precision
+        dtype = "float32" if stored else str(kind.dtype)
         return Value(tuple(int(d) for d in dims), dtype, plain=expression)
 
 

@@ -13,6 +13,7 @@ from graphopt.targets.relax import (
 from graphopt.targets.relax.emitters import Inputs, Node, emits
 from graphopt.targets.relax.values import (
     FUSABLE_ROOT,
+    WHOLE,
     Builder,
     Value,
 )
@@ -70,7 +71,10 @@ def _integer_product(builder: Builder, node: Node, data: Value, weight: Value, b
 
 
 def column_block(columns: int, rows: int, lanes: int) -> int:
-    """How many columns of the weight are packed together: a few vectors, dividing `columns` where possible."""
+    """How many columns of the weight are packed together: a few vectors, dividing `columns` where possible; all where
+    all channels are one block (`lanes` 0)."""
+    if not lanes:
+        return -(-columns // WHOLE) * WHOLE
     widest = 8 * lanes if rows < 4 else 4 * lanes
     for block in range(widest, lanes - 1, -lanes):
         if columns % block == 0:

@@ -20,6 +20,8 @@ import numpy as np
 
 from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes, lookup
 
+WHOLE, WHOLE_BYTES = 8, 16
+"""Where all channels are one block, their number is a multiple of this: 16 bytes of float16, or of bytes."""
 ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
 
@@ -189,11 +191,12 @@ class Form:
     """How a processor wants values stored."""
 
     lanes: int
-    """float32 lanes of a vector."""
+    """float32 lanes of a vector; 0: all channels are one block, so that pictures are (N, 1, H * W, C), as graphics
+    processors want them."""
     precision: str = "float32"
-    """`float32` or `bfloat16`: what float32 images are stored as."""
+    """`float32`, `bfloat16` or `float16`: what float32 images are stored as."""
     tiles: bool = False
-    """Bytes are multiplied in AMX tiles, whose rows are 64 of them."""
+    """Bytes are multiplied in AMX tiles, whose rows are 64 of them; without lanes, on tensor cores."""
     byte_type: str = "uint8"
     """The type of activations that dot products multiply with int8 weights."""
     width: int = 0
@@ -220,11 +223,14 @@ class Builder:
 
     @property
     def narrows(self) -> bool:
-        """True when images are stored as bfloat16."""
-        return self.precision == bfloat16.DTYPE
+        """True when images are stored in 16 bits."""
+        return self.precision in bfloat16.NARROW
 
     def block_for(self, channels: int) -> int:
         """The channel block of a value: a full one, or a narrower one for a few channels, or where it pads fewer."""
+        if not self.lanes:
+            step = WHOLE_BYTES if self.tiles else WHOLE
+            return -(-channels // step) * step
         if self.tiles and channels > 4:
             return 64 if channels > 32 else 32 if channels > 16 else 16
         if self.narrows:
@@ -279,8 +285,8 @@ class Builder:
         return made
 
     def widened(self, expression) -> Any:
-        """float32 of a Relax expression that may be stored as bfloat16."""
-        if element_type(expression) != bfloat16.DTYPE:
+        """float32 of a Relax expression that may be stored in 16 bits."""
+        if not self.narrows or element_type(expression) != self.precision:
             return expression
         return self.call(elementwise.mapped(bfloat16.widen, "widen"), expression, pattern=ELEMENTWISE, name="widen")
 
@@ -288,7 +294,8 @@ class Builder:
         """What a float32 Relax expression is in memory."""
         if not self.narrows or element_type(expression) != "float32":
             return expression
-        return self.call(elementwise.mapped(bfloat16.narrow, "narrow"), expression, pattern=ELEMENTWISE, name="narrow")
+        narrow = bfloat16.narrow if self.lanes else bfloat16.cast(self.precision)
+        return self.call(elementwise.mapped(narrow, "narrow"), expression, pattern=ELEMENTWISE, name="narrow")
 
     def plain(self, value: Value):
         """The value in ONNX's layout and element type."""
@@ -337,7 +344,7 @@ class Builder:
         )
 
     def narrowed(self, value: Value):
-        """The value in ONNX's layout, bfloat16 where the precision says so: an operand of a matrix product."""
+        """The value in ONNX's layout, in 16 bits where the precision says so: an operand of a matrix product."""
         return self._stored(self.moved(value))
 
     def blocked(self, value: Value) -> Any:
@@ -442,8 +449,9 @@ class Builder:
         return self._roots.get(str(value.blocked.name))
 
     def narrow_constant(self, array: np.ndarray) -> np.ndarray:
-        """A float array as it is stored: rounded to bfloat16 where the precision says so."""
-        return bfloat16.narrow_array(array) if self.narrows and array.dtype == np.float32 else array
+        """A float array as it is stored: rounded to 16 bits where the precision says so."""
+        narrow = self.narrows and array.dtype == np.float32
+        return bfloat16.narrow_array(array, self.precision) if narrow else array
 
     def operand(self, value: Value, like: Value) -> Operand | None:
         """`value` in a blocked form that broadcasts against blocked `like`, or None where there is none."""
@@ -476,7 +484,7 @@ def element_type(expression) -> str:
 
 
 def _operand(expression) -> Operand:
-    return Operand(expression, bfloat16.widen if element_type(expression) == bfloat16.DTYPE else None)
+    return Operand(expression, bfloat16.widen if element_type(expression) in bfloat16.NARROW else None)
 
 
 def _is_constant(expression) -> bool:

@@ -1,0 +1,84 @@
+"""Which GPUs this machine has, asked of NVIDIA's driver directly: neither TVM nor the CUDA toolkit is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+REMEDY = "build here and run on a machine with an NVIDIA GPU and its driver"
+RUNTIME = "libcudart.so.13"
+USUAL_MULTIPROCESSORS = 84
+"""Where no device says how many."""
+_NAME_BYTES = 256
+_MAJOR, _MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL | str:
+    """The driver's library, initialised; or why there is none, in words."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver on this machine (libcuda.so.1)"
+    status = driver.cuInit(0)
+    if status:
+        return f"the NVIDIA driver does not start (error {status} of cuInit): is there a GPU?"
+    count = ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "the NVIDIA driver finds no GPU"
+    return driver
+
+
+def missing() -> str | None:
+    """Why nothing can run on a GPU here, in words; None where it can."""
+    found = _driver()
+    if isinstance(found, str):
+        return found
+    return None if find_runtime() else f"CUDA's runtime library ({RUNTIME}) is not on this machine"
+
+
+def find_runtime() -> str | None:
+    """Where CUDA's runtime library is: the dynamic linker's name of it, or a file of NVIDIA's Python package."""
+    try:
+        ctypes.CDLL(RUNTIME, mode=ctypes.RTLD_GLOBAL)
+        return RUNTIME
+    except OSError:
+        pass
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(f) / "cu13" / "lib" for f in (spec.submodule_search_locations or ())] if spec else []
+    for folder in [*folders, Path("/usr/local/cuda/lib64")]:
+        if (folder / RUNTIME).is_file():
+            return str(folder / RUNTIME)
+    return None
+
+
+def names() -> list[str]:
+    """The GPUs as their driver calls them, and their architectures; empty: there is none."""
+    driver = _driver()
+    if isinstance(driver, str):
+        return []
+    count, found = ctypes.c_int(), []
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    for index in range(count.value):
+        text = ctypes.create_string_buffer(_NAME_BYTES)
+        driver.cuDeviceGetName(text, _NAME_BYTES, index)
+        found.append(f"{text.value.decode(errors='replace')} ({_architecture(driver, index)})")
+    return found
+
+
+def architecture() -> str | None:
+    """`sm_90`: of the first GPU; None where there is none."""
+    driver = _driver()
+    return None if isinstance(driver, str) else _architecture(driver, 0)
+
+
+def _architecture(driver: ctypes.CDLL, index: int) -> str:
+    numbers = []
+    for attribute in (_MAJOR, _MINOR):
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, index)
+        numbers.append(value.value)
+    return "sm_{}{}".format(*numbers)

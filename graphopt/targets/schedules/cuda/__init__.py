@@ -1,0 +1,35 @@
+"""Kernel templates for GPUs, one a file, and the alternatives they offer for a kernel.
+
+A template is a module with `NAME`, `match(workload) -> None | space` and `apply(workload, decision) -> Kernel`, as
+those for processors are (`graphopt.targets.schedules`). `floor` takes every function.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from graphopt.targets.schedules import Choice
+from graphopt.targets.schedules.cuda import floor
+from graphopt.targets.schedules.cuda.gpu import Gpu, GpuWorkload
+from graphopt.targets.schedules.workload import Kernel
+
+TEMPLATES: tuple[ModuleType, ...] = ()
+"""In the order of their first guesses."""
+
+__all__ = ["Choice", "Gpu", "GpuWorkload", "choices", "schedule"]
+
+
+def choices(workload: GpuWorkload) -> list[Choice]:
+    """Every decision of every template that matches, in turns; `floor` where none does."""
+    spaces = [(t.NAME, t.match(workload) or []) for t in TEMPLATES if t.NAME not in workload.gpu.without]
+    longest = max((len(space) for _, space in spaces), default=0)
+    found = [Choice(name, space[i]) for i in range(longest) for name, space in spaces if i < len(space)]
+    return found or [Choice(floor.NAME, decision) for decision in floor.match(workload)]
+
+
+def schedule(workload: GpuWorkload, choice: Choice) -> Kernel:
+    """The kernel that a choice makes. Raises TargetError where it has no threads, else what TVM raises."""
+    for template in (*TEMPLATES, floor):
+        if choice.template == template.NAME:
+            return template.apply(workload, dict(choice.decision))
+    raise KeyError(choice.template)
