@@ -51,7 +51,8 @@ class Capabilities:
         }
 
 
-_AVX2 = {"avx", "avx2", "fma", "f16c"}
+_AVX2 = {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
+"""Those of x86-64-v3; LLVM shifts and loads with the last four as it pleases."""
 _AVX512 = _AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 _SAPPHIRE = _AVX512 | {"avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 

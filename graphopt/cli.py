@@ -19,6 +19,7 @@ from rich.text import Text
 
 from graphopt import __version__, errors, plugins, spec
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
+from graphopt.package_command import package
 from graphopt.pipeline import PRESETS
 from graphopt.report_command import report
 from graphopt.settings import Settings, parse_input, read_pick, read_recipe
@@ -426,6 +427,7 @@ def doctor(format_: str) -> int:
 group.add_command(tune)
 group.add_command(db)
 group.add_command(report)
+group.add_command(package)
 group.add_command(targets)
 
 

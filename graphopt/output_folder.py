@@ -14,8 +14,11 @@ from graphopt.errors import ArtifactError
 from graphopt.runtime.artifact import MANIFEST
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse early what could not be written at the end. Raises ArtifactError."""
+def check_output(path: str | os.PathLike[str], overwrite: bool, marker: str = MANIFEST) -> None:
+    """Refuse early what could not be written at the end; only folders with a file `marker` are replaced.
+
+    Raises ArtifactError.
+    """
     folder = Path(path).absolute()
     parent = folder.parent
     if folder.exists() or folder.is_symlink():
@@ -23,8 +26,9 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
             raise ArtifactError(f"{path} exists", hint="give --overwrite to replace it, or another -o")
         if not folder.is_dir() or folder.is_symlink():
             raise ArtifactError(f"{path} is not a folder; it is left alone", hint="give another -o")
-        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise ArtifactError(f"{path} is not an artifact; it is left alone", hint="give another -o")
+        if any(folder.iterdir()) and not (folder / marker).is_file():
+            what = "an artifact" if marker == MANIFEST else "a package"
+            raise ArtifactError(f"{path} is not {what}; it is left alone", hint="give another -o")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent):
@@ -34,17 +38,18 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 @contextmanager
-def staged(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def staged(path: str | os.PathLike[str], overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """A fresh folder to write into; it takes the name `path` when the block ends well, and vanishes otherwise.
+    `overwrite` and `marker`: see `check_output`.
 
     Raises ArtifactError for a full disk or a folder that cannot be written.
     """
     folder = Path(path).absolute()
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, marker)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         yield stage
-        check_output(folder, overwrite)  # somebody may have made it meanwhile
+        check_output(folder, overwrite, marker)  # somebody may have made it meanwhile
         stage.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))

@@ -106,12 +106,25 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Artifact:
     """
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
-    for name, wanted in manifest["files"].items():
-        if _sha256(folder / name) != wanted:
-            raise ArtifactError(f"{folder / name} is damaged: its sha256 differs from {MANIFEST}")
+    check_files(folder, manifest)
     if threads is not None and threads < 1:
         raise ArtifactError(f"threads={threads} must be at least 1")
     return Artifact(folder, manifest, threads)
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ArtifactError: a file is missing or is not as it was written."""
+    for name, wanted in manifest["files"].items():
+        if sha256(folder / name) != wanted:
+            raise ArtifactError(f"{folder / name} is damaged: its sha256 differs from {MANIFEST}")
+
+
+def library_folders(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Folder and target of each compiled library, in the order in which a processor should try them."""
+    if manifest["engine"] != "tvm":
+        return []
+    libraries = manifest.get("libraries", [{"folder": COMPILED, "target": manifest.get("target", "")}])
+    return [(str(each["folder"]), str(each["target"])) for each in libraries]
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
@@ -141,12 +154,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: list[str]) -> None:
     """Write the manifest last: a folder without one is no artifact."""
-    digests = {name: _sha256(folder / name) for name in files}
+    digests = {name: sha256(folder / name) for name in files}
     text = json.dumps({"schema": MANIFEST_SCHEMA, **content, "files": digests}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Hexadecimal digest of a file. Raises ArtifactError: it cannot be read."""
     sha = hashlib.sha256()
     try:
         with file.open("rb") as handle:

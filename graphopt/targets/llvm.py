@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,9 @@ from graphopt.errors import TargetError
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime import amx_permission
 from graphopt.targets.base import Lowered, Target, TuningReport
+
+if TYPE_CHECKING:
+    from graphopt.targets.relax import ahead_of_time
 
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
 """What `precision` may be, and what it then is."""
@@ -219,12 +222,32 @@ class LlvmTarget(Target):
             "precision": self.precision,
             "tiles": lowered.tiles,
             "layers": [list(call) for call in lowered.layers],
+            "decisions": {name: list(chosen) for name, chosen in sorted(lowered.decisions.items())},
             "library_sha256": tvm_engine.library_digest(library),
             "inputs": list(lowered.inputs),
             "outputs": list(lowered.outputs),
         }
         (folder / tvm_engine.DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         return tvm_engine.LIBRARY, tvm_engine.DESCRIPTION
+
+    def build_objects(self, lowered: Lowered, folder: Path) -> ahead_of_time.Plan:
+        """Compile into object files that run without TVM's runtime, and the plan of their calls. Raises TargetError."""
+        from tvm.error import InternalError
+
+        from graphopt.runtime.tvm_engine import available_processors
+        from graphopt.targets.relax import ahead_of_time
+
+        try:
+            return ahead_of_time.export(
+                self.scheduled(cast(LoweredModel, lowered)),
+                self.tvm_target(),
+                folder,
+                arch=self.arch,
+                jobs=available_processors(),
+                in_place="concat" not in self.switched_off,
+            )
+        except (InternalError, RuntimeError, ValueError) as error:
+            raise compile_error(error) from error
 
     def scheduled(self, lowered: LoweredModel):
         """The Relax module with a schedule applied to every kernel."""

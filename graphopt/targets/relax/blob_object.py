@@ -37,8 +37,8 @@ class _Section(NamedTuple):
     entry_bytes: int = 0
 
 
-def write(content: Any, arch: str, path: Path) -> None:
-    """Write a relocatable ELF-64 file for `arch` with `content` (a buffer of bytes) under the name `SYMBOL`.
+def write(content: Any, arch: str, path: Path, symbol: str = SYMBOL) -> None:
+    """Write a relocatable ELF-64 file for `arch` with `content` (a buffer of bytes) under the name `symbol`.
 
     Raises TargetError for an architecture whose number is not known here.
     """
@@ -46,7 +46,7 @@ def write(content: Any, arch: str, path: Path) -> None:
         raise TargetError(f"no object file format is known for {arch}", hint=f"known: {', '.join(_MACHINES)}")
     data = memoryview(content).cast("B")
     symbols = bytes(_SYMBOL_ENTRY.size) + _SYMBOL_ENTRY.pack(1, _GLOBAL_OBJECT, 0, 1, 0, len(data))
-    names = b"\0" + SYMBOL.encode() + b"\0"
+    names = b"\0" + symbol.encode() + b"\0"
     sections = [
         _Section("", 0, b"", alignment=0),
         _Section(".rodata", _PROGBITS, data, flags=_ALLOCATED, alignment=ALIGNMENT),

@@ -27,12 +27,11 @@ def export(module, target, library: Path, *, arch: str, jobs: int, in_place: boo
     from tvm.relax import vm_build
 
     linked: Any = vm_build._ffi_api
-    with _compiling_for(target):
+    with compiling_for(target):
         builder = relax.ExecBuilder()
-        rest = vm_build._vmcodegen(builder, _lowered(module, target, in_place))
-    kernels = vm_build._filter_tir(rest)
+        rest = vm_build._vmcodegen(builder, lowered(module, target, in_place))
     with tempfile.TemporaryDirectory(prefix="graphopt-build-") as folder:
-        built = [] if kernels is None else _compile(kernels, target, Path(folder), jobs)
+        built = compile_kernels(rest, target, Path(folder), jobs)
         # The program must import one compiled module, or its loader does not look for kernels in its own library.
         program = linked.VMLink(builder, target, built[0][0] if built else None, [], {})
         packed: Any = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")
@@ -46,12 +45,17 @@ def compile_function(func, target) -> Any:
     import tvm
 
     name = str(func.attrs["global_symbol"])
-    with _compiling_for(target):
+    with compiling_for(target):
         return tvm.tirx.build(tvm.IRModule({name: func}), target=target)
 
 
-def _compile(kernels, target, folder: Path, jobs: int) -> list[tuple[Any, str]]:
+def compile_kernels(module, target, folder: Path, jobs: int) -> list[tuple[Any, str]]:
     """Each kernel's module and object file, in the order of names: the same library however many threads made it."""
+    from tvm.relax import vm_build
+
+    kernels: Any = vm_build._filter_tir(module)
+    if kernels is None:
+        return []
     functions = sorted(((g.name_hint, func) for g, func in kernels.functions.items()), key=lambda pair: pair[0])
 
     def compile_one(index: int) -> tuple[Any, str]:
@@ -70,7 +74,7 @@ def _compile(kernels, target, folder: Path, jobs: int) -> list[tuple[Any, str]]:
             raise
 
 
-def _lowered(module, target, in_place: bool):
+def lowered(module, target, in_place: bool):
     """Calls of kernels with memory planned: what becomes the virtual machine's bytecode."""
     import tvm
     from tvm.relax.backend.cpu_generic import pipeline as stock
@@ -85,7 +89,7 @@ def _lowered(module, target, in_place: bool):
 
 
 @contextmanager
-def _compiling_for(target):
+def compiling_for(target):
     """TVM's context of this thread."""
     import tvm
 

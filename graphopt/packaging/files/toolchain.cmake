@@ -1,0 +1,12 @@
+# A toolchain file for GNU's cross compiler: 64-bit ARM (`apt install g++-aarch64-linux-gnu`), or the architecture that
+# -DGRAPHOPT_ARCH=x86_64 names.
+if(NOT GRAPHOPT_ARCH)
+  set(GRAPHOPT_ARCH aarch64)
+endif()
+set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES GRAPHOPT_ARCH)
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR ${GRAPHOPT_ARCH})
+set(CMAKE_CXX_COMPILER ${GRAPHOPT_ARCH}-linux-gnu-g++)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
