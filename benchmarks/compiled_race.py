@@ -20,6 +20,7 @@ from graphopt.inspection import inspect
 from graphopt.measure import Contender, PairedResult, race_afresh
 from graphopt.passes.base import Context, Fidelity
 from graphopt.pipeline import Observations, Pipeline, count_nodes, count_operators
+from graphopt.places import Here
 from graphopt.plugins import parse_target
 from graphopt.progress import SILENT
 from graphopt.report import VariantRecord
@@ -113,7 +114,7 @@ def race(
         work = Path(folder)
         reference = Reference(source.model, samples, work)
         settings = Settings(model=str(source.path), threads=threads)
-        compiler = Compiler(target, settings, reference, Data(None, None, tuple(samples)), work, SILENT)
+        compiler = Compiler(target, Here(), settings, reference, Data(None, None, tuple(samples)), work, SILENT)
         contenders, failed = [], {}
         for number, (name, model) in enumerate(versions.items()):
             variant = _variant(model, work / f"version{number}.onnx", name == exact, reference)

@@ -26,6 +26,7 @@ PARETO = "pareto.json"
 PARETO_PICTURE = "pareto.svg"
 RECIPE = "recipe.toml"
 LATENCY = "latency.json"
+INSTRUCTIONS = "instructions.json"
 
 
 def write_artifact(
@@ -36,9 +37,9 @@ def write_artifact(
     settings: Settings,
     target: Target,
     report: Report,
-    latency: Mapping[str, Any],
+    measured: Mapping[str, Any],
 ) -> None:
-    """Fill `folder` with the chosen candidate and the evidence."""
+    """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on."""
     models.save(chosen.variant.model if chosen.variant is not None else source.model, folder / MODEL)
     if chosen.record.engine == "tvm":
         shutil.copytree(chosen.path, folder / COMPILED)
@@ -49,7 +50,8 @@ def write_artifact(
     if front is not None:
         (folder / PARETO).write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")
         (folder / PARETO_PICTURE).write_text(front_plot(front) + "\n", encoding="utf-8")
-    (folder / LATENCY).write_text(json.dumps(latency) + "\n", encoding="utf-8")
+    counted = report.place.get("unit") == "instructions"
+    (folder / (INSTRUCTIONS if counted else LATENCY)).write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(settings.to_toml(), encoding="utf-8")
     signature = models.signature(source.model)
     tuning = chosen.record.tuning or {}
@@ -58,6 +60,7 @@ def write_artifact(
         "variant": chosen.record.variant,
         "precision": chosen.record.precision,
         "target": str(target),
+        "measured": {"where": report.place.get("label"), "unit": report.place.get("unit"), "timed": not counted},
         "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
         "signature": {
             "inputs": [_tensor(s) for s in signature.inputs],

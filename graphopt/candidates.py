@@ -12,8 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import model as models
-from graphopt.errors import GraphoptError, TargetError, VerificationError
+from graphopt.errors import DeviceError, GraphoptError, TargetError, VerificationError
+from graphopt.measure import Contender
 from graphopt.passes.base import Fidelity
+from graphopt.places import Place
 from graphopt.precision import check_noise, narrowed
 from graphopt.progress import Progress
 from graphopt.report import CandidateRecord
@@ -21,11 +23,13 @@ from graphopt.schedule_database import database_path
 from graphopt.settings import Settings
 from graphopt.targets.base import Target, TuningReport
 from graphopt.variants import Data, Source, Variant
-from graphopt.verify import Feeds, OutputError, Reference, Runner
+from graphopt.verify import Feeds, OutputError, Reference
 
 TWICE_DB = 10 * math.log10(2)
 INPUT = "input · onnxruntime"
 """The model as it came in, in ONNX Runtime: what every candidate has to beat."""
+PLAIN = "exact · tvm"
+"""The exact variant, compiled: what every candidate has to beat where ONNX Runtime does not run."""
 
 
 @dataclass(frozen=True)
@@ -40,34 +44,38 @@ class Candidate:
     def name(self) -> str:
         return self.record.name
 
-    def runner(self, threads: int) -> Runner:
-        """Open it for running in this process."""
+    @property
+    def contender(self) -> Contender:
+        """What a place opens and races."""
         if self.record.engine == "tvm":
-            from graphopt.runtime.compiled import open_compiled
+            return Contender.compiled(self.path, self.name)
+        return Contender.onnx(self.path, self.name)
 
-            return open_compiled(self.path, threads).run
-        from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(self.path, threads).run
+def baseline(place: Place) -> str:
+    """The name of the candidate that all others are compared with."""
+    return INPUT if place.is_here else PLAIN
 
 
 def make_candidates(source: Source, variants: list[Variant], compiler: Compiler) -> list[Candidate]:
-    """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target.
+    """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target; what is to
+    run elsewhere than on this machine, compiled only.
 
     With the setting `precision` bf16, variants that are not lossy themselves are compiled in bfloat16 too; where there
     is no evaluation data to judge these by, their noise on the verification samples does.
     """
-    settings = compiler.settings
+    settings, here = compiler.settings, compiler.place.is_here
     whole = CandidateRecord(INPUT, "input", "onnxruntime", "measured", size_bytes=source.path.stat().st_size)
-    candidates = [Candidate(whole, None, source.path)]
+    candidates = [Candidate(whole, None, source.path)] if here else []
     in_bf16 = [v for v in variants if settings.precision == "bf16" and v.fidelity is not Fidelity.LOSSY]
     share = settings.tune_seconds / (len(variants) + len(in_bf16))
     for variant in variants:
         if not variant.record.within_bound:
-            record = _record(variant, "onnxruntime", "outside bound", f"loses {variant.record.drop:.2f} points")
+            engine = "onnxruntime" if here else "tvm"
+            record = _record(variant, engine, "outside bound", f"loses {variant.record.drop:.2f} points")
             candidates.append(Candidate(record, variant, variant.file))
             continue
-        if settings.engine in ("auto", "onnxruntime"):
+        if here and settings.engine in ("auto", "onnxruntime"):
             record = _record(variant, "onnxruntime", "measured", size=variant.file.stat().st_size)
             candidates.append(Candidate(record, variant, variant.file))
         if settings.engine in ("auto", "tvm"):
@@ -87,6 +95,7 @@ class Compiler:
     """Compiles variants for the target, each into a folder of its own, and verifies what came out."""
 
     target: Target
+    place: Place
     settings: Settings
     reference: Reference
     data: Data
@@ -116,21 +125,19 @@ class Compiler:
         return tuning
 
     def _compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
-        from graphopt.runtime.compiled import open_compiled
-
         folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
         try:
             tuning = self.build(variant.model, folder, precision, tune_seconds)
-            run = open_compiled(folder, None).run
-            if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
-                errors = _verify(run, variant, self.reference)
-            else:
-                who = f"compiling the {variant.name} variant in {precision}"
-                errors = self.reference.judge(run, Fidelity.LOSSY, who)
+            with self.place.open(Contender.compiled(folder), None) as run:
+                if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
+                    errors = _verify(run, variant, self.reference)
+                else:
+                    who = f"compiling the {variant.name} variant in {precision}"
+                    errors = self.reference.judge(run, Fidelity.LOSSY, who)
         except VerificationError as error:
             return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
         except GraphoptError as error:
-            if not isinstance(error, TargetError):
+            if not isinstance(error, TargetError) or isinstance(error, DeviceError):
                 raise
             return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
         size = sum(f.stat().st_size for f in folder.iterdir())

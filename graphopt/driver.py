@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from typing import Any
 from graphopt import calibration, samples
 from graphopt import model as models
 from graphopt.artifact_writer import write_artifact
-from graphopt.candidates import Candidate, Compiler, make_candidates
-from graphopt.errors import DataError, TargetError
-from graphopt.gate import choose, explain, time_candidates
-from graphopt.measure import PairedResult, environment
+from graphopt.candidates import Candidate, Compiler, baseline, make_candidates
+from graphopt.engine_accuracy import judge_engine
+from graphopt.errors import DataError, SpecError, TargetError
+from graphopt.gate import choose, compare_candidates, explain
+from graphopt.measure import Counts, PairedResult, environment
 from graphopt.mixing import mix
 from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
+from graphopt.places import Place, place_for
 from graphopt.plugins import parse_target
 from graphopt.precision import settled
 from graphopt.progress import SILENT, Progress
@@ -95,26 +97,29 @@ def run(
     pipeline: Pipeline | None = None,
 ) -> Result:
     """`optimize` with its options as one value; `on_settings` is called before work starts."""
-    settings, pipeline, target = _resolve(settings, pipeline)
+    settings, pipeline, target, place = _resolve(settings, pipeline)
     on_settings(settings, target)
     report = Report(settings=dataclasses.asdict(settings), environment=environment(settings.threads or 1).to_dict())
     report.target = {"spec": str(target), **target.capabilities.describe()}
-    output = nullcontext(None) if settings.output is None else staged(settings.output, settings.overwrite)
-    with output as stage, tempfile.TemporaryDirectory(prefix="graphopt-") as temporary:
-        work = Path(temporary)
+    with ExitStack() as ending:
+        stage = None
+        if settings.output is not None:
+            stage = ending.enter_context(staged(settings.output, settings.overwrite))
+        work = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-")))
+        ending.enter_context(place)
         with _timed(report, "load"):
             source, data = _load(settings, report)
             reference = Reference(source.model, data.samples, work)
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
-        compiler = Compiler(target, settings, reference, data, work, progress)
+        compiler = Compiler(target, place, settings, reference, data, work, progress)
         if settings.objective is not None:
             with _timed(report, "search"):
                 variants += _search(source, variants, compiler, report)
         with _timed(report, "compile"):
             candidates = _compile(source, variants, compiler, report)
         with _timed(report, "measure"):
-            chosen, race = _measure_and_choose(candidates, data, settings, source, report, progress)
+            chosen, race = _measure_and_choose(source, candidates, compiler, report)
         if stage is not None:
             with _timed(report, "write"):
                 write_artifact(
@@ -130,22 +135,37 @@ def run(
     return Result(report, None if settings.output is None else Path(settings.output))
 
 
-def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, Pipeline, Target]:
+def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, Pipeline, Target, Place]:
     settings = settings.resolved()
     pipeline = Pipeline.parse(settings.pipeline_text()) if pipeline is None else pipeline
     target = parse_target(settings.target)
     if settings.threads is not None and hasattr(target, "threads"):
         target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
-    if not target.runs_here:
-        raise TargetError(
-            f"{target} is not the kind of processor this machine has: nothing can be measured on it from here",
-            hint=f"build for it from Python: see docs/{target.name}.md",
-        )
     settings, target = settled(settings, target)
-    threads = getattr(target, "threads", None) or os.cpu_count() or 1
+    place = place_for(target)
+    _check_place(settings, place)
+    threads = getattr(target, "threads" if place.is_here else "thread_count", None) or os.cpu_count() or 1
     if settings.output is not None:
         check_output(settings.output, settings.overwrite)
-    return dataclasses.replace(settings, passes=str(pipeline), target=str(target), threads=threads), pipeline, target
+    settings = dataclasses.replace(settings, passes=str(pipeline), target=str(target), threads=threads)
+    return settings, pipeline, target, place
+
+
+def _check_place(settings: Settings, place: Place) -> None:
+    """Raises SpecError for what this place cannot do."""
+    if place.is_here:
+        if settings.threads is not None and settings.threads > (os.cpu_count() or 1):
+            raise SpecError(
+                f"--threads {settings.threads} is more than this machine has", hint=f"it has {os.cpu_count()} cores"
+            )
+        return
+    if settings.engine == "onnxruntime":
+        raise SpecError(f"ONNX Runtime does not run on {place.label} from here", hint="leave --engine out, or say tvm")
+    if settings.objective == "latency":
+        raise SpecError(
+            "the search for latency times kernels on this machine, and the target is another one",
+            hint="run it on the device, or give --passes or --objective size",
+        )
 
 
 def _load(settings: Settings, report: Report) -> tuple[Source, Data]:
@@ -246,22 +266,20 @@ def _search(source: Source, variants: list[Variant], compiler: Compiler, report:
 
 def _compile(source: Source, variants: list[Variant], compiler: Compiler, report: Report) -> list[Candidate]:
     candidates = make_candidates(source, variants, compiler)
-    candidates, report.layers = mix(candidates, compiler)
+    if compiler.place.is_here:
+        candidates, report.layers = mix(candidates, compiler)
     known = {v.name for v in variants}
     report.variants += [c.variant.record for c in candidates if c.variant is not None and c.variant.name not in known]
     return candidates
 
 
 def _measure_and_choose(
-    candidates: list[Candidate],
-    data: Data,
-    settings: Settings,
-    source: Source,
-    report: Report,
-    progress: Progress,
-) -> tuple[Candidate, PairedResult]:
-    candidates, race = time_candidates(
+    source: Source, candidates: list[Candidate], compiler: Compiler, report: Report
+) -> tuple[Candidate, PairedResult | Counts]:
+    settings, place, data, progress = compiler.settings, compiler.place, compiler.data, compiler.progress
+    candidates, race = compare_candidates(
         candidates,
+        place,
         _timing_feeds(data, source),
         settings.threads or 1,
         settings.measure_seconds,
@@ -269,19 +287,22 @@ def _measure_and_choose(
         progress,
     )
     judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
+    samples = place.evaluation_limit(source.model)
+    report.place = {"baseline": baseline(place), "evaluation_samples": samples, **place.describe()}
     report.candidates = [c.record for c in candidates]
-    for candidate in choose(candidates, race, settings.objective == "size"):
-        accuracy = judge.accuracy(candidate.runner(settings.threads or 1))
-        kept = accuracy is None or judge.bound.met(judge.drop(accuracy), accuracy.metric)
-        record = dataclasses.replace(candidate.record, accuracy=None if accuracy is None else accuracy.to_dict())
-        if not kept:
+    for candidate in choose(candidates, race, baseline(place), settings.objective == "size"):
+        with place.open(candidate.contender, settings.threads or 1) as run:
+            judged = judge_engine(candidate, run, judge, samples)
+        accuracy = None if judged.accuracy is None else judged.accuracy.to_dict()
+        record = dataclasses.replace(candidate.record, accuracy=accuracy)
+        if not judged.within:
             record = dataclasses.replace(record, status="outside bound", reason="through this engine, on the eval data")
         report.candidates = [record if c.name == record.name else c for c in report.candidates]
-        if kept:
-            report.choice = explain(candidate)
+        if judged.within:
+            report.choice = explain(candidate, place)
             _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
-    raise AssertionError("the input model itself is always deliverable")
+    raise TargetError(f"no candidate keeps the accuracy bound on {place.label}")
 
 
 def _replaying(settings: Settings, chosen: Candidate) -> Settings:

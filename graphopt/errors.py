@@ -1,8 +1,9 @@
 """Every error graphopt raises on purpose, and the exit code the command line gives it.
 
 Exit codes: 0 done; 1 failure; 2 usage or input; 3 accuracy bound missed; 4 latency regression;
-5 inconclusive comparison; 130 interrupted by the user. Code 4 and 5 are verdicts, not errors: they are
-returned by `graphopt compare` and never raised.
+5 inconclusive comparison; 6 a remote device or its tracker cannot be reached, was lost or runs another version of TVM;
+130 interrupted by the user. Code 4 and 5 are verdicts, not errors: they are returned by `graphopt compare` and never
+raised.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ EXIT_USAGE = 2
 EXIT_ACCURACY = 3
 EXIT_REGRESSION = 4
 EXIT_INCONCLUSIVE = 5
+EXIT_DEVICE = 6
 EXIT_INTERRUPTED = 130
 
 
@@ -76,6 +78,12 @@ class AccuracyError(GraphoptError):
 
 class TargetError(GraphoptError):
     """The target cannot lower, tune, build or run the model."""
+
+
+class DeviceError(TargetError):
+    """A remote device or its tracker cannot be reached, was lost, or runs another version of TVM."""
+
+    exit_code = EXIT_DEVICE
 
 
 class UnsupportedOperatorError(TargetError):

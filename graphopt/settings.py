@@ -84,10 +84,6 @@ class Settings:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise SpecError(f"--{name.replace('_', '-')} {number} must be at least 1")
-        if self.threads is not None and self.threads > (os.cpu_count() or 1):
-            raise SpecError(
-                f"--threads {self.threads} is more than this machine has", hint=f"it has {os.cpu_count()} cores"
-            )
         if self.engine not in typing.get_args(Engine):
             raise SpecError(f"unknown engine {self.engine!r}", hint=f"known: {', '.join(typing.get_args(Engine))}")
         if self.precision not in typing.get_args(Precision):

@@ -105,6 +105,12 @@ class Judge:
     def drop(self, after: Accuracy) -> float:
         return self.bound.drop(self.before, after)
 
+    def limited(self, samples: int | None) -> Judge:
+        """This judge on so many samples of the evaluation set, always the same; None: on all."""
+        if self.dataset is None or samples is None or samples >= len(self.dataset):
+            return self
+        return Judge.of(self.source, self.dataset.draw(samples, 0)[0], self.bound, self.progress)
+
 
 def make_variants(
     source: Source,

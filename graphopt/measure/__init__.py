@@ -2,6 +2,7 @@
 
 from graphopt.measure.comparison import Comparison, compare, compare_saved
 from graphopt.measure.contenders import Contender
+from graphopt.measure.counts import Counts
 from graphopt.measure.environment import Environment, environment, fingerprint
 from graphopt.measure.paired import PairedResult, race, race_afresh
 from graphopt.measure.stats import LatencyStats, Ratio
@@ -10,6 +11,7 @@ from graphopt.measure.verdict import Judgement, Verdict
 __all__ = [
     "Comparison",
     "Contender",
+    "Counts",
     "Environment",
     "Judgement",
     "LatencyStats",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -131,25 +131,52 @@ def race(
         seconds = 20.0 if seconds is None else seconds
     elif rounds < 1:
         raise MeasurementError(f"rounds must be at least 1, not {rounds}")
-    taken: dict[str, list[Burst]] = {contender.name: [] for contender in contenders}
     with Lineup(contenders, feeds, threads=threads, timeout_s=timeout_s) as lineup:
-        label = f"measuring {len(contenders)} contenders" if len(contenders) > 1 else f"measuring {contenders[0].name}"
-        total = float(rounds) if rounds is not None else float(seconds or 0)
-        with progress.task(label, total) as advance:
-            start, told = time.monotonic(), 0.0
-            for done, turn in enumerate(turns(lineup, seed), start=1):
-                for name, burst in turn.items():
-                    taken[name].append(burst)
-                elapsed = time.monotonic() - start
-                reached = min(float(done) if rounds is not None else elapsed, total)
-                advance(reached - told)
-                told = reached
-                if done == rounds or (seconds is not None and done >= MIN_ROUNDS and elapsed >= seconds):
-                    break
-        if not lineup.racers:
+        bursts = take_turns(lineup, seconds, rounds, seed, progress)
+        if not bursts:
             raise MeasurementError("; ".join(lineup.failed.values()))
-        bursts = {c.name: tuple(taken[c.name]) for c in contenders if c.name in lineup.racers}
         return PairedResult(bursts, threads, seed, environment(threads), dict(lineup.failed))
+
+
+class Racing(Protocol):
+    """Whoever can take a turn."""
+
+    def burst(self) -> Burst:
+        """Latencies in seconds of one turn. Raises MeasurementError."""
+        ...
+
+
+class Field(Protocol):
+    """Contenders that are open and warm, wherever they run."""
+
+    @property
+    def racers(self) -> Mapping[str, Racing]: ...
+
+    def drop(self, name: str, error: MeasurementError) -> None:
+        """Leave one out from here on."""
+        ...
+
+
+def take_turns(
+    field: Field, seconds: float | None, rounds: int | None, seed: int, progress: Progress
+) -> dict[str, tuple[Burst, ...]]:
+    """Rounds for about `seconds`, at least MIN_ROUNDS, or so many `rounds`: the bursts of all that are left then."""
+    names = list(field.racers)
+    taken: dict[str, list[Burst]] = {name: [] for name in names}
+    label = f"measuring {len(names)} contenders" if len(names) != 1 else f"measuring {names[0]}"
+    total = float(rounds) if rounds is not None else float(seconds or 0)
+    with progress.task(label, total) as advance:
+        start, told = time.monotonic(), 0.0
+        for done, turn in enumerate(turns(field, seed), start=1):
+            for name, burst in turn.items():
+                taken[name].append(burst)
+            elapsed = time.monotonic() - start
+            reached = min(float(done) if rounds is not None else elapsed, total)
+            advance(reached - told)
+            told = reached
+            if done == rounds or (seconds is not None and done >= MIN_ROUNDS and elapsed >= seconds):
+                break
+    return {name: tuple(taken[name]) for name in names if name in field.racers}
 
 
 def race_afresh(
@@ -171,16 +198,22 @@ def race_afresh(
         race(contenders, each, threads=threads, seconds=seconds / len(feeds), seed=seed + number, progress=progress)
         for number, each in enumerate(feeds)
     ]
+    return join_sessions(runs)
+
+
+def join_sessions(runs: Sequence[PairedResult]) -> PairedResult:
+    """One result of all rounds; a contender that failed once is left out. Raises MeasurementError when none is left."""
     failed = {name: why for run in runs for name, why in run.failed.items()}
     bursts = {
         name: tuple(burst for run in runs for burst in run.bursts[name]) for name in runs[0].names if name not in failed
     }
     if not bursts:
         raise MeasurementError("; ".join(failed.values()))
-    return PairedResult(bursts, threads, seed, runs[0].environment, failed, tuple(run.rounds for run in runs))
+    first = runs[0]
+    return PairedResult(bursts, first.threads, first.seed, first.environment, failed, tuple(run.rounds for run in runs))
 
 
-def turns(lineup: Lineup, seed: int) -> Iterator[dict[str, Burst]]:
+def turns(lineup: Field, seed: int) -> Iterator[dict[str, Burst]]:
     """Rounds without end: a burst of every contender, in a new random order each; none when all have failed."""
     shuffle = random.Random(seed)
     while lineup.racers:

@@ -11,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from graphopt.arm_cores import ARM_FEATURES
 from graphopt.errors import TargetError
 from graphopt.remote.address import Address
 from graphopt.remote.server_program import server_program
@@ -22,6 +23,12 @@ from graphopt.targets.relax.link import cross_package
 
 QEMU_CPUS = {"generic": "cortex-a53", "cortex-a73": "cortex-a72", "cortex-a75": "cortex-a76"}
 """For cores that QEMU does not know: one with the same extensions."""
+_KNOWN = {
+    "max": frozenset().union(*ARM_FEATURES.values()),
+    **{core: ARM_FEATURES[core] for core in ("a64fx", "cortex-a35", "cortex-a53", "cortex-a57", "cortex-a72",
+                                             "cortex-a76", "neoverse-n1")},
+}  # fmt: skip
+"""QEMU 7.2's cores, and their features."""
 _KEY = "emulated"
 
 
@@ -36,14 +43,21 @@ def find_system(arch: str) -> Path | None:
     return folder if (folder / "lib").is_dir() else None
 
 
+def qemu_cpu(core: str, features: frozenset[str]) -> str:
+    """QEMU's name for a core by LLVM's name; for one that QEMU does not know, a core that has its `features`."""
+    if core in _KNOWN or core in QEMU_CPUS:
+        return QEMU_CPUS.get(core, core)
+    return next(cpu for cpu in ("cortex-a72", "cortex-a76", "max") if features <= _KNOWN[cpu])
+
+
 def remedy(arch: str) -> str:
     """What to install."""
     return f"`apt install qemu-user {cross_package(arch)}`"
 
 
 @contextmanager
-def emulated(arch: str, cpu: str) -> Iterator[Address]:
-    """Start a server on an emulated `cpu` (QEMU's name); it ends with the context.
+def emulated(arch: str, cpu: str, key: str = _KEY, options: Sequence[str] = ()) -> Iterator[Address]:
+    """Start a server on an emulated `cpu` (QEMU's name); it ends with the context. `options` are more of the server's.
 
     Raises TargetError: QEMU, a C library or a compiler for `arch` is missing, or the server does not start.
     """
@@ -54,13 +68,13 @@ def emulated(arch: str, cpu: str) -> Iterator[Address]:
     program = server_program(arch)
     with tempfile.TemporaryDirectory(prefix="graphopt-emulated-") as folder:
         server = subprocess.Popen(
-            [emulator, "-cpu", cpu, "-L", str(system), "-E", f"LD_LIBRARY_PATH={program.parent}", str(program), "0",
-             _KEY],
+            [emulator, "-cpu", cpu, "-L", str(system), "-E", f"LD_LIBRARY_PATH={program.parent}",
+             "-E", f"GRAPHOPT_EMULATED={cpu}", str(program), "0", key, *options],
             cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
         try:
-            yield Address("127.0.0.1", _port(server, cpu), _KEY)
+            yield Address("127.0.0.1", _port(server, cpu), key)
         finally:
             _end(server)
 

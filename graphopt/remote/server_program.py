@@ -12,6 +12,7 @@ from pathlib import Path
 
 from graphopt.errors import TargetError
 from graphopt.remote.runtime_libraries import LIBRARIES, runtime_libraries
+from graphopt.targets.llvm import FFI_PIN, TVM_PIN
 from graphopt.targets.relax.link import cross_remedy
 
 SOURCE = Path(__file__).with_name("rpc_server.cc")
@@ -42,7 +43,8 @@ def device_program(arch: str, source: Path) -> Path:
     import tvm_ffi.libinfo
 
     folder = runtime_libraries(arch)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    content = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    digest = hashlib.sha256(content).hexdigest()[:12]
     program = folder / f"{source.stem}-{digest}"
     if program.is_file():
         return program
@@ -50,7 +52,8 @@ def device_program(arch: str, source: Path) -> Path:
     if compiler is None:
         raise TargetError(f"no C++ compiler for {arch}, and {source.name} needs one", hint=cross_remedy(arch))
     command = [
-        *compiler, "-O2", "-std=c++17", f"-I{tvm_ffi.libinfo.find_include_path()}", str(source), f"-L{folder}",
+        *compiler, "-O2", "-std=c++17", f'-DGRAPHOPT_TVM="{TVM_PIN}"', f'-DGRAPHOPT_TVM_FFI="{FFI_PIN}"',
+        f"-I{tvm_ffi.libinfo.find_include_path()}", str(source), f"-L{folder}",
         "-Wl,--no-as-needed", *(f"-l:{name}" for name in LIBRARIES), "-Wl,-rpath,$ORIGIN",
     ]  # fmt: skip
     return compiled(command, program, source.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 
 def size(count: float | None) -> str:
@@ -32,6 +32,33 @@ def milliseconds(latency: Mapping[str, Any] | None) -> str:
         return "-"
     low, high = latency["interval_s"]
     return f"{1e3 * latency['median_s']:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
+
+
+def instructions(count: int | None) -> str:
+    """1234567 -> `1.235 M`."""
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.3f} G" if count >= 1e9 else f"{count / 1e6:.3f} M"
+
+
+def share(ratio: list[float | None] | None) -> str:
+    """Of the instructions of the baseline, from the ratio the other way round; exact, so without an interval."""
+    return "-" if not ratio or not ratio[0] else f"{1 / ratio[0]:.3f}x"
+
+
+def compared_by(report: Mapping[str, Any]) -> Literal["seconds", "instructions"]:
+    """What candidates were compared by."""
+    return "instructions" if (report.get("place") or {}).get("unit") == "instructions" else "seconds"
+
+
+def place(report: Mapping[str, Any]) -> str:
+    """Where candidates ran."""
+    return (report.get("place") or {}).get("label") or "this machine"
+
+
+def baseline(report: Mapping[str, Any]) -> str:
+    """The candidate that all others are compared with, as a heading says it."""
+    return "input" if (report.get("place") or {}).get("kind", "here") == "here" else "exact"
 
 
 def speedup(ratio: list[float | None] | None) -> str:

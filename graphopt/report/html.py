@@ -73,7 +73,8 @@ def _latency(outcome: Outcome) -> Html | None:
         return None
     note = (
         "Raw samples of one paired, interleaved run. Above the line their histogram, below it the samples "
-        "themselves; the upright stroke is the median in its 95 % interval, the dashed one the input model's median."
+        "themselves; the upright stroke is the median in its 95 % interval, the dashed one the median of "
+        f"{outcome.against}."
     )
     return section("Latency", "latency", plot, note=note)
 

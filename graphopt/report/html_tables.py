@@ -30,16 +30,21 @@ MOST_TASKS = 200
 def candidates(outcome: Outcome) -> Html | None:
     """Every variant on every engine: measured, or why not."""
     rows = []
+    counted = formats.compared_by(outcome.report) == "instructions"
     for record in outcome.report.get("candidates") or ():
         delivered = record is outcome.chosen
         latency = read_latency(record)
+        if counted:
+            figures = formats.instructions(record.get("instructions")), formats.share(record["speedup"])
+        else:
+            figures = formats.milliseconds(latency.summary) if latency else "-", ratio_text(record["speedup"])
         kind = "good" if delivered else {"measured": "plain", "not asked": "plain"}.get(record["status"], "warn")
         if record["status"] == "wrong":
             kind = "bad"
         cells = (
             el("span", record["name"], class_="nowrap"),
-            formats.milliseconds(latency.summary) if latency else "-",
-            ratio_text(record["speedup"]) if record is not outcome.reference else "reference",
+            figures[0],
+            figures[1] if record is not outcome.reference else "reference",
             formats.size(record["size_bytes"] or None),
             errors_text(record["errors"]),
             [badge("delivered" if delivered else record["status"], kind), " ", record["reason"]],
@@ -47,7 +52,13 @@ def candidates(outcome: Outcome) -> Html | None:
         rows.append(Row.of(cells, "delivered" if delivered else None))
     if not rows:
         return None
-    headings = ("candidate", "median ms [95 %]", "speed against input [95 %]", "size", "error of outputs", "status")
+    against = formats.baseline(outcome.report)
+    figures = (
+        ("instructions, emulated", f"of {against}'s")
+        if counted
+        else ("median ms [95 %]", f"speed against {against} [95 %]")
+    )
+    headings = ("candidate", *figures, "size", "error of outputs", "status")
     return table(headings, rows, label="candidates", numeric=(1, 2, 3), wide=5)
 
 

@@ -20,7 +20,7 @@ class Outcome:
     choice: Mapping[str, Any] | None
     chosen: Mapping[str, Any] | None
     reference: Mapping[str, Any] | None
-    """The candidate every other is compared with: the input model in ONNX Runtime."""
+    """The candidate every other is compared with: the input model in ONNX Runtime, or the exact variant, compiled."""
     variant: Mapping[str, Any] | None
 
     @classmethod
@@ -28,7 +28,10 @@ class Outcome:
         candidates = report.get("candidates") or ()
         choice = report.get("choice")
         chosen = next((c for c in candidates if choice and c["name"] == choice["candidate"]), None)
-        reference = next((c for c in candidates if c["variant"] == "input"), None)
+        against = (report.get("place") or {}).get("baseline")
+        reference = next(
+            (c for c in candidates if c["name"] == against or (not against and c["variant"] == "input")), None
+        )
         variants = report.get("variants") or ()
         variant = next((v for v in variants if choice and v["name"] == choice["variant"]), None)
         return cls(report, report.get("source"), choice, chosen, reference, variant)
@@ -51,6 +54,16 @@ class Outcome:
         before = (self.source or {}).get("accuracy")
         after = (self.chosen or {}).get("accuracy") or (self.variant or {}).get("accuracy")
         return before, (before if self.unchanged and not after else after)
+
+    @property
+    def counted(self) -> bool:
+        """Instructions stand in the place of time."""
+        return formats.compared_by(self.report) == "instructions"
+
+    @property
+    def against(self) -> str:
+        """What the delivered candidate is compared with."""
+        return "the input model" if formats.baseline(self.report) == "input" else "the exact variant, compiled"
 
     @property
     def gain_is_certain(self) -> bool:
@@ -90,9 +103,12 @@ def headline(outcome: Outcome) -> str:
     ratio = (outcome.chosen or {}).get("speedup")
     before, after = outcome.sizes
     smaller = f" and {100 * (1 - after / before):.0f} % smaller" if before and after and after < 0.995 * before else ""
+    if outcome.counted and ratio:
+        share = f"{1 / ratio[0]:.2f}× the instructions of" if ratio[0] != 1 else "As many instructions as"
+        return f"{share} {outcome.against}{smaller}; never timed on a device"
     if outcome.gain_is_certain and ratio:
-        return f"{ratio[0]:.2f}× as fast as the input model{smaller}"
-    return f"As fast as the input model within measurement error{smaller}"
+        return f"{ratio[0]:.2f}× as fast as {outcome.against}{smaller}"
+    return f"As fast as {outcome.against} within measurement error{smaller}"
 
 
 def accuracy_text(record: Mapping[str, Any] | None) -> str:
@@ -153,7 +169,19 @@ def _figure(title: str, value: str, before: str, note: str, kind: str = "") -> H
     )
 
 
+def _instructions(outcome: Outcome) -> Html:
+    ratio, count = (outcome.chosen or {}).get("speedup"), (outcome.chosen or {}).get("instructions")
+    before = (outcome.reference or {}).get("instructions")
+    if count is None or before is None:
+        return _figure("Instructions", "-", "not counted", "")
+    change = f"{formats.instructions(before)} → {formats.instructions(count)}"
+    note = f"of one inference, counted, not timed: {formats.place(outcome.report)}"
+    return _figure("Instructions, emulated", formats.share(ratio), change, note, "good" if count < before else "")
+
+
 def _speed(outcome: Outcome) -> Html:
+    if outcome.counted:
+        return _instructions(outcome)
     before = read_latency(outcome.reference) if outcome.reference else None
     after = read_latency(outcome.chosen) if outcome.chosen else None
     threads = (outcome.report.get("settings") or {}).get("threads")

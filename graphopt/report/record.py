@@ -92,8 +92,14 @@ class CandidateRecord:
     """Measured through this engine; only for the chosen candidate."""
     latency: Mapping[str, Any] | None = None
     """LatencyStats: raw samples and what is derived from them, seconds."""
+    instructions: int | None = None
+    """Of one inference, counted in an emulator where there was no device to time it on."""
+    kernel_instructions: Mapping[str, int] = field(default_factory=dict)
+    """Of these, by kernel."""
     speedup: tuple[float, float, float] | None = None
-    """Input model in ONNX Runtime / this candidate: median ratio and its 95 % interval, from one paired run."""
+    """Input model in ONNX Runtime / this candidate: median ratio and its 95 % interval, from one paired run. Elsewhere
+    than on this machine the exact variant, compiled, is in the input model's place; of instructions all three are
+    equal."""
     size_bytes: int = 0
     """Of the file that runs: the compiled library, or the model for ONNX Runtime."""
     precision: str = "float32"
@@ -193,6 +199,10 @@ class Report:
     source: SourceRecord | None = None
     target: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """Where candidates ran. kind: `here`, `emulated` or `device`; label, for people; unit of the comparison: `seconds`
+    or `instructions`; baseline: the candidate that the others are compared with; evaluation_samples: on how many
+    accuracy through engines was measured, where not on all."""
     calibration: DataRecord | None = None
     evaluation: DataRecord | None = None
     passes: list[PassRecord] = field(default_factory=list)

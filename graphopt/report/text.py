@@ -13,7 +13,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.report.formats import accuracy, milliseconds, size, speedup
+from graphopt.report.formats import (
+    accuracy,
+    baseline,
+    compared_by,
+    instructions,
+    milliseconds,
+    place,
+    share,
+    size,
+    speedup,
+)
 from graphopt.report.text_search import search_text
 
 
@@ -113,12 +123,15 @@ def _skipped(report: Mapping[str, Any], details: bool) -> RenderableType | None:
 
 def _candidates(report: Mapping[str, Any]) -> RenderableType:
     threads = report["settings"].get("threads")
-    table = Table(
-        title=f"Measured on this machine, {threads} thread{'s' if threads != 1 else ''}, one paired run",
-        title_justify="left",
-        title_style="bold",
-    )
-    for heading in ("candidate", "median ms [95 %]", "speed against input [95 %]", "size", ""):
+    counted = compared_by(report) == "instructions"
+    if counted:
+        title = f"Instructions of one inference, counted, not timed: {place(report)}"
+        headings = ("candidate", "instructions, emulated", f"of {baseline(report)}'s", "size", "")
+    else:
+        title = f"Measured on {place(report)}, {threads} thread{'s' if threads != 1 else ''}, one paired run"
+        headings = ("candidate", "median ms [95 %]", f"speed against {baseline(report)} [95 %]", "size", "")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", overflow="fold")
     choice = report["choice"]["candidate"] if report["choice"] else None
     for record in report["candidates"]:
@@ -128,8 +141,8 @@ def _candidates(report: Mapping[str, Any]) -> RenderableType:
             note = f"{note}: {record['reason']}"
         table.add_row(
             record["name"],
-            milliseconds(record["latency"]),
-            speedup(record["speedup"]),
+            instructions(record["instructions"]) if counted else milliseconds(record["latency"]),
+            share(record["speedup"]) if counted else speedup(record["speedup"]),
             size(record["size_bytes"] or None),
             Text(note),
             style="bold green" if chosen else None,
@@ -155,6 +168,12 @@ def _conclusion(report: Mapping[str, Any]) -> list[RenderableType]:
         chosen = next(c for c in report["candidates"] if c["name"] == choice["candidate"])
         before = accuracy(report["source"].get("accuracy"))
         measured = f"; {accuracy(chosen['accuracy'])} through the artifact's engine" if chosen["accuracy"] else ""
+        if (
+            chosen["accuracy"]
+            and report.get("evaluation")
+            and chosen["accuracy"]["count"] < report["evaluation"]["samples"]
+        ):
+            measured += f" on {chosen['accuracy']['count']} samples"
         measured += f" (input model {before})" if measured and before != "-" else ""
         lines.append(Text(f"Delivered: {choice['candidate']}: {choice['why']}{measured}", style="bold"))
     lines += [Text(f"WARNING: {w}", style="bold red") for w in report["warnings"]]

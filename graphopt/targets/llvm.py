@@ -199,7 +199,7 @@ class LlvmTarget(Target):
         try:
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
-            executable.export(
+            planned = executable.export(
                 self.scheduled(lowered),
                 self.tvm_target(),
                 fresh,
@@ -221,6 +221,7 @@ class LlvmTarget(Target):
             "threads": self.thread_count,
             "precision": self.precision,
             "tiles": lowered.tiles,
+            "planned_bytes": planned,
             "layers": [list(call) for call in lowered.layers],
             "decisions": {name: list(chosen) for name, chosen in sorted(lowered.decisions.items())},
             "library_sha256": tvm_engine.library_digest(library),

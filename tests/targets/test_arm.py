@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import graphopt
 from graphopt.arm_cores import ARM_FEATURES, BOARDS
 from graphopt.cli import group
 from graphopt.errors import ArtifactError, DataError, SpecError, TargetError
@@ -26,7 +24,6 @@ from tests.targets.arm_folders import build
 from tests.targets.integer_models import integer_conv, quantized_conv
 from tests.targets.oracle import close, model, node, reference, sum_tolerance, uniform
 
-DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits" / "digits.onnx"
 AARCH64 = 183
 """e_machine in an ELF header."""
 
@@ -51,13 +48,6 @@ def test_what_is_no_core_names_the_nearest(text, said):
     with pytest.raises(SpecError) as caught:
         parse_target(text)
     assert said in f"{caught.value} {caught.value.hint}"
-
-
-@pytest.mark.skipif(link.host_arch() == "aarch64", reason="this machine is an ARM itself")
-def test_nothing_is_measured_for_another_processor(tmp_path):
-    with pytest.raises(TargetError, match=r"arm\{mcpu=cortex-a72\} is not the kind of processor") as caught:
-        graphopt.optimize(DIGITS, tmp_path / "out", target="arm{mcpu=a72}")
-    assert "docs/arm.md" in str(caught.value.hint) and not (tmp_path / "out").exists()
 
 
 def test_all_processors_are_listed():
@@ -119,7 +109,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path):
         pytest.skip(f"no linker for aarch64: {link.cross_remedy('aarch64')}")
     made, _ = convolutions(2)
     folder = build(made, Arm(threads=1), tmp_path / "built")
-    with pytest.raises(TargetError, match=r"127\.0\.0\.1:1/none cannot run"):
+    with pytest.raises(TargetError, match=r"no RPC server answers at 127\.0\.0\.1:1"):
         RemoteEngine(folder, Address("127.0.0.1", 1, "none"))
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from graphopt.targets.relax import blob_object, concat_in_place, link
 
 
-def export(module, target, library: Path, *, arch: str, jobs: int, in_place: bool = True) -> None:
-    """Compile a scheduled module on `jobs` threads and write the shared library.
+def export(module, target, library: Path, *, arch: str, jobs: int, in_place: bool = True) -> int:
+    """Compile a scheduled module on `jobs` threads and write the shared library. Returns the bytes that a run takes
+    for values between kernels.
 
     `in_place`: concatenations without a copy. Raises what TVM raises where a kernel cannot be compiled, TargetError
     where linking fails, OSError where files cannot be written.
@@ -29,7 +30,9 @@ def export(module, target, library: Path, *, arch: str, jobs: int, in_place: boo
     linked: Any = vm_build._ffi_api
     with compiling_for(target):
         builder = relax.ExecBuilder()
-        rest = vm_build._vmcodegen(builder, lowered(module, target, in_place))
+        made = lowered(module, target, in_place)
+        planned = planned_bytes(made)
+        rest = vm_build._vmcodegen(builder, made)
     with tempfile.TemporaryDirectory(prefix="graphopt-build-") as folder:
         built = compile_kernels(rest, target, Path(folder), jobs)
         # The program must import one compiled module, or its loader does not look for kernels in its own library.
@@ -38,6 +41,26 @@ def export(module, target, library: Path, *, arch: str, jobs: int, in_place: boo
         constants = Path(folder) / "constants.o"
         blob_object.write(packed(program).numpy(), arch, constants)
         link.link_shared(library, [*(path for _, path in built), str(constants)], arch)
+    return planned
+
+
+def planned_bytes(module) -> int:
+    """The memory that a lowered module's functions allocate, each part of it once; sizes known at run time only are
+    left out."""
+    import tvm
+    from tvm import relax
+
+    found: list[int] = []
+
+    def visit(each) -> None:
+        if isinstance(each, relax.Call) and getattr(each.op, "name", "") == "relax.vm.alloc_storage":
+            shape: Any = each.args[0]
+            found.extend(int(size) for size in shape.values[:1] if isinstance(size, tvm.tirx.IntImm))
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return sum(found)
 
 
 def compile_function(func, target) -> Any:
