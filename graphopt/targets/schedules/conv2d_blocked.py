@@ -20,6 +20,8 @@ section II (register and cache blocking, prefetch); Liu et al., NeoCPU, USENIX A
 
 from __future__ import annotations
 
+from graphopt.targets.schedules import by_element
+from graphopt.targets.schedules.conv2d_by_element import ByElementLoops, applies, reads_constants
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Window
 from graphopt.targets.schedules.register_tiles import Axis, Run
 from graphopt.targets.schedules.workload import (
@@ -96,8 +98,11 @@ def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
     found = []
     if window.rows.extent * window.columns.extent == 1:  # one row times a matrix: enough sums to hide their latency
         return [(1, 1, outs) for outs in (4, 8, 12, 2, 1) if outs <= window.out_blocks]
-    for outs in range(1, min(4, window.out_blocks) + 1):
-        if window.in_lanes > 1:
+    elements = _by_element(workload)
+    for outs in range(1, min(6 if elements else 4, window.out_blocks) + 1):
+        if elements:
+            most = by_element.most_positions(workload.machine, outs * vectors)
+        elif window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1
         else:  # the compiler unrolls kw after all, and neighbouring outputs share scalars
             most = (registers - outs * vectors) // (outs * vectors + (1 if outs * vectors > 1 else 0))
@@ -106,7 +111,8 @@ def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
         for columns in _cuts(window.columns.extent, most):
             whole = columns == window.columns.extent
             for rows in _cuts(window.rows.extent, most // columns) if whole else (1,):
-                if rows * columns * outs * vectors * 4 >= registers or rows * columns * 2 > most:
+                largest = elements and rows * columns == window.rows.extent * window.columns.extent
+                if largest or rows * columns * outs * vectors * 4 >= registers or rows * columns * 2 > most:
                     found.append((rows, columns, outs))
     return found
 
@@ -145,9 +151,11 @@ def predicted_cycles(workload: Workload, decision: Decision) -> float:
 
 
 def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) -> float:
-    """Predicted cycles of one image."""
+    """Predicted cycles of one image; instructions where numbers are multiplied as elements of vectors, which take about
+    half a cycle on the larger cores and one on the smaller."""
     vectors = max(window.out_lanes // workload.machine.lanes, 1)
     panels = window.in_blocks // panel
+    elements = by_element.LANES if _by_element(workload) else 0
     total = 0.0
     for row in runs[0]:
         for column in runs[1]:
@@ -167,6 +175,10 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
                         if weights > L1_BYTES:
                             arithmetic *= L2_MISS if weights > FAR_BYTES else L1_MISS
                         step = max(arithmetic, loads, streaming, FMA_LATENCY) + STEP_CYCLES
+                        if elements:
+                            miss = arithmetic * FMA_PER_CYCLE / (positions * out.size * vectors)
+                            contiguous = window.columns.stride == window.rows.stride == 1
+                            step = miss * by_element.instructions(positions, out.size * vectors, contiguous) / elements
                         cycles += a.count * b.count * step * window.in_blocks * window.in_lanes
                 cycles += 2 * accumulators * (panels + 1) + 20 * panels
                 total += cycles * row.count * column.count * out.count
@@ -183,14 +195,16 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
 def apply(workload: Workload, decision: Decision) -> Kernel:
     """Schedule a function whose anchor block is `conv2d`."""
     parallel = work(workload.blocks["conv2d"]) >= PARALLEL_WORK and workload.machine.threads != 1
-    return Kernel(
-        ConvolutionLoops(workload).write(
-            decision["rows"],
-            decision["columns"],
-            decision["outs"],
-            panel=decision["panel"],
-            order=decision["order"],
-            parallel=parallel,
-            ahead=workload.machine.allows("prefetch"),
-        )
-    )
+    tile = (decision["rows"], decision["columns"], decision["outs"])
+    panel, order = decision["panel"], decision["order"]
+    if _by_element(workload):
+        return ByElementLoops(workload).kernel(*tile, panel=panel, order=order, parallel=parallel)
+    ahead = workload.machine.allows("prefetch")
+    loops = ConvolutionLoops(workload)
+    return Kernel(loops.write(*tile, panel=panel, order=order, parallel=parallel, ahead=ahead))
+
+
+def _by_element(workload: Workload) -> bool:
+    """Whether numbers are multiplied as elements of vectors."""
+    block = workload.anchor("conv2d")
+    return block is not None and applies(Window.of(block), workload.machine) and reads_constants(workload, block)

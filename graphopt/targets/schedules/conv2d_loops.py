@@ -140,7 +140,7 @@ class ConvolutionLoops:
 
         window = self.window
         row_runs, column_runs = window.rows.runs(rows), window.columns.runs(columns, clip=False)
-        out_runs = replace(POINT, extent=window.out_blocks, length=window.out_blocks).runs(outs)
+        out_runs = self.out_runs(outs)
         across = sum(run.count for run in column_runs)
         down = sum(run.count for run in row_runs)
         panels = window.in_blocks // panel
@@ -217,6 +217,10 @@ class ConvolutionLoops:
             body = sequence([tirx.AllocBuffer(self.sum), body, self._epilogue_apart(parallel)])
         return self.func.with_body(body)
 
+    def out_runs(self, outs: int) -> list[Run]:
+        """How the output blocks of a group are cut into tiles of at most `outs`."""
+        return replace(POINT, extent=self.window.out_blocks, length=self.window.out_blocks).runs(outs)
+
     def _epilogue_apart(self, parallel: bool) -> Any:
         batch, blocks, positions, _ = extents(self.epilogue)
 
@@ -274,6 +278,14 @@ class ConvolutionLoops:
             end = tirx.IfThenElse(place.panel == plan.panels - 1, end, wait)
         if not rows.taps or not columns.taps:
             return sequence([tirx.AllocBuffer(sums), begin, end])
+        steps = self._accumulation(place, rows, columns, outs, plan, sums, cell)
+        return sequence([tirx.AllocBuffer(sums), begin, steps, end])
+
+    def _accumulation(
+        self, place: _Place, rows: Run, columns: Run, outs: int, plan: _Plan, sums, cell: Callable[..., Any]
+    ) -> Any:
+        """Add every product of the panel to the tile's sums. `cell(out, row, column, vector, v)` is where lane `v` of a
+        sum is."""
         steps = sum(a.count * b.count for a in rows.taps for b in columns.taps)
 
         def at_tap(ico, a: Tap, b: Tap, step):
@@ -305,7 +317,7 @@ class ConvolutionLoops:
                     done += a.count * b.count
             return sequence(statements)
 
-        return sequence([tirx.AllocBuffer(sums), begin, loop("ico", plan.panel, at_block), end])
+        return loop("ico", plan.panel, at_block)
 
     def _class(self, row, column) -> Any:
         """Which of the numbers that sums start from an output has; see `borders`."""
@@ -317,8 +329,7 @@ class ConvolutionLoops:
         return down.class_of(row) * across.classes + across.class_of(column)
 
     def _products(self, step: Step, sums, cell: Callable[..., Any]) -> Any:
-        """Add to every sum of a tile its products at one tap and one input lane. `cell(out, row, column, vector, v)` is
-        where lane `v` of a sum is."""
+        """Add to every sum of a tile its products at one tap and one input lane."""
         from tvm import tirx
 
         def products(v):

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from graphopt.targets.relax.computes import WINDOW
-from graphopt.targets.schedules.winograd_loops import Epilogue, Nest, Shape
+from graphopt.targets.schedules import by_element
+from graphopt.targets.schedules.winograd_loops import Epilogue, Nest, Shape, applies
 from graphopt.targets.schedules.winograd_transforms import TAPS, transformed_weight
 from graphopt.targets.schedules.workload import (
     Decision,
@@ -54,6 +55,8 @@ TILE_CYCLES = 30
 """Starting and draining the pipeline of a register tile."""
 TRANSFORM_CYCLES = {4: 110, 2: 40}
 """Of one tile and one block of channels, either way."""
+TRANSFORM_INSTRUCTIONS = {4: 300, 2: 90}
+"""The same, counted."""
 MOST_DECISIONS = 8
 ARITHMETIC = 0.3
 """Of the direct method's time, at its peak, what the best case takes: 36 products instead of 144, and transforms."""
@@ -68,14 +71,15 @@ def match(workload: Workload) -> list[Decision] | None:
     if shape is None or _epilogue(workload) is None:
         return None
     found: list[tuple[float, Decision]] = []
+    elements = applies(shape, machine)
     for side in SIDES:
         high, wide = shape.tiles(side)
         tiles = shape.batch * high * wide
         for chunk in _chunks(shape, side, tiles, machine.threads):
-            for vectors in (v for v in (1, 2, 4) if shape.out_blocks % v == 0):
-                rows = _rows(chunk, vectors, machine)
+            for vectors in (v for v in ((1, 2, 3, 4) if elements else (1, 2, 4)) if shape.out_blocks % v == 0):
+                rows = _rows(chunk, vectors, machine, elements)
                 for order in ("points", "outs"):
-                    cost = _cycles(shape, side, tiles, chunk, rows, vectors, order)
+                    cost = _cycles(shape, side, tiles, chunk, rows, vectors, order, elements)
                     decision = {"tile": side, "chunk": chunk, "rows": rows, "vectors": vectors, "order": order}
                     found.append((cost, {**decision, "prefetch": int(chunk == tiles)}))
     found.sort(key=lambda pair: pair[0])
@@ -93,7 +97,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     assert shape is not None and epilogue is not None and operands is not None
     data, weight = operands
     params = list(workload.func.params)
-    nest = Nest(shape, decision, epilogue, params[data], workload.machine.threads)
+    nest = Nest(shape, decision, epilogue, params[data], workload.machine)
     body = nest.body()
     params[weight] = nest.weight
     func = tirx.PrimFunc(params, body).with_attr("tirx.noalias", True).with_attr("global_symbol", "main")
@@ -107,8 +111,9 @@ def predicted_cycles(workload: Workload, decision: Decision) -> float:
     assert shape is not None
     side = decision["tile"]
     high, wide = shape.tiles(side)
-    asked = (decision[key] for key in ("chunk", "rows", "vectors", "order"))
-    return _cycles(shape, side, shape.batch * high * wide, *asked) / shape.batch
+    tiles, elements = shape.batch * high * wide, applies(shape, workload.machine)
+    chunk, rows, vectors, order = (decision[key] for key in ("chunk", "rows", "vectors", "order"))
+    return _cycles(shape, side, tiles, chunk, rows, vectors, order, elements) / shape.batch
 
 
 def packed_weight(weight: np.ndarray, tile: int, vectors: int, order: str) -> np.ndarray:
@@ -193,29 +198,35 @@ def _chunks(shape: Shape, side: int, tiles: int, threads: int) -> list[int]:
     return found
 
 
-def _rows(chunk: int, vectors: int, machine: Any) -> int:
+def _rows(chunk: int, vectors: int, machine: Any, elements: bool) -> int:
     """Rows of the register tile that take the fewest cycles for a chunk, within the register budget."""
     budget = machine.registers
     folded = vectors == 1 and machine.lanes == 16
     most = budget - 4 if folded else max((budget - vectors) // (vectors + 1), 1)
-    return min(range(1, min(most, chunk) + 1), key=lambda rows: _multiply_cycles(chunk, rows, vectors, 64))
+    if elements:
+        most = by_element.most_positions(machine, vectors)
+    return min(range(1, min(most, chunk) + 1), key=lambda rows: _multiply_cycles(chunk, rows, vectors, 64, elements))
 
 
-def _multiply_cycles(chunk: int, rows: int, vectors: int, depth: int) -> float:
-    """Of one panel and all tiles of a chunk."""
+def _multiply_cycles(chunk: int, rows: int, vectors: int, depth: int, elements: bool) -> float:
+    """Of one panel and all tiles of a chunk; instructions, where `elements`."""
     steps, rest = divmod(chunk, rows)
 
     def tile(r: int) -> float:
+        if elements and r:
+            return depth / by_element.LANES * by_element.instructions(r, vectors, True) + 2 * r * vectors + 20
         return depth * max(r * vectors / 2, (r + vectors) / LOADS_PER_CYCLE, 4) + TILE_CYCLES if r else 0.0
 
     return steps * tile(rows) + tile(rest)
 
 
-def _cycles(shape: Shape, side: int, tiles: int, chunk: int, rows: int, vectors: int, order: str) -> float:
+def _cycles(
+    shape: Shape, side: int, tiles: int, chunk: int, rows: int, vectors: int, order: str, elements: bool
+) -> float:
     """Predicted cycles of the whole convolution on one core."""
     points, chunks = (side + 2) ** 2, -(-tiles // chunk)
     groups, depth = shape.out_blocks // vectors, shape.in_blocks * shape.icb
-    multiply = chunks * points * groups * _multiply_cycles(chunk, rows, vectors, depth)
+    multiply = chunks * points * groups * _multiply_cycles(chunk, rows, vectors, depth, elements)
     weight = 4 * points * shape.out_blocks * shape.ocb * depth
     data, product = (4 * points * chunk * c for c in (depth, shape.out_blocks * shape.ocb))
     kept = data + (product if order == "points" else product // groups)
@@ -224,5 +235,6 @@ def _cycles(shape: Shape, side: int, tiles: int, chunk: int, rows: int, vectors:
     fast = L2_BYTES_PER_CYCLE if kept < L2_BYTES else MEMORY_BYTES_PER_CYCLE
     traffic = chunks * ((1 + again) * data / fast + 2 * product / fast + weight / L2_BYTES_PER_CYCLE)
     stream = reads * weight / MEMORY_BYTES_PER_CYCLE
-    transforms = chunks * chunk * (shape.in_blocks + shape.out_blocks) * TRANSFORM_CYCLES[side]
+    each = TRANSFORM_INSTRUCTIONS if elements else TRANSFORM_CYCLES
+    transforms = chunks * chunk * (shape.in_blocks + shape.out_blocks) * each[side]
     return max(multiply, stream) + 0.5 * min(multiply, stream) + 0.5 * traffic + transforms

@@ -17,9 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.vector_code import Code, Vector, conjunction, negation, read, whole
 from graphopt.targets.schedules.winograd_transforms import TAPS, data_transform, result_transform, two_dimensional
-from graphopt.targets.schedules.workload import Decision
+from graphopt.targets.schedules.workload import Decision, Machine
 
 LINE = 16
 """Float32 elements of a cache line."""
@@ -57,15 +58,24 @@ class Epilogue:
     output: Any
 
 
+def applies(shape: Shape, machine: Machine) -> bool:
+    """Whether the machine multiplies by an element, and blocks of channels are such vectors."""
+    return by_element.has(machine) and shape.icb == shape.ocb == by_element.LANES
+
+
 class Nest:
     """The code of one decision."""
 
-    def __init__(self, shape: Shape, decision: Decision, epilogue: Epilogue, data: Any, threads: int):
+    def __init__(self, shape: Shape, decision: Decision, epilogue: Epilogue, data: Any, machine: Machine):
         from tvm import tirx
+
+        threads = machine.threads
 
         self.shape = shape
         self.epilogue = epilogue
         self.data = data
+        self.elements = applies(shape, machine)
+        """Whether numbers are loaded as vectors and multiplied as elements of these."""
         self.kind = "SERIAL" if threads == 1 else "PARALLEL"
         self.tile = decision["tile"]
         self.rows = decision["rows"]
@@ -199,15 +209,22 @@ class Nest:
                 coming = code.index("coming", weights + self.depth * self.width + offset)
                 for line in range(share):
                     code.prefetch(self.weight, coming + line * LINE)
+            numbers = [
+                code.load(spectrum, [base + r * s.icb], unrolled).expression
+                for r in range(rows if self.elements else 0)
+            ]
             for c in range(unrolled):
                 filters = [
                     code.load(self.weight, [streamed + (c * self.width + v * s.ocb)], s.ocb)
                     for v in range(self.vectors)
                 ]
                 for r in range(rows):
-                    scalar = code.spread(spectrum, [base + (r * s.icb + c)], s.ocb)
+                    if self.elements:
+                        scalar = by_element.spread(numbers[r], c)
+                    else:
+                        scalar = code.spread(spectrum, [base + (r * s.icb + c)], s.ocb).expression
                     for v in range(self.vectors):
-                        total = read(sums[r][v], [0], s.ocb) + scalar.expression * filters[v].expression
+                        total = read(sums[r][v], [0], s.ocb) + scalar * filters[v].expression
                         code.store(sums[r][v], [0], Vector(code, total, s.ocb))
         for r in range(rows):
             for v in range(self.vectors):

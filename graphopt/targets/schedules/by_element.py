@@ -1,0 +1,56 @@
+"""Multiplication by one element of a vector register, which ARM has: FMLA (by element).
+
+Idea: elsewhere a number is spread over the lanes of a register before it is multiplied with a vector: a load for each
+number. Here four neighbouring numbers are loaded as one vector, and each multiplication says which of them it
+means: a quarter of the loads, neighbouring vectors in pairs (LDP), and a register for four numbers instead of one for
+each.
+
+Register budget of a tile of `positions` x `outs` sums: these, the vectors of numbers (one a position), and two weights.
+
+Source: Arm Architecture Reference Manual for A-profile, FMLA (by element); Arm, Cortex-A72 Software Optimization Guide,
+section 4.8 (loads in pairs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.targets.schedules.workload import Machine
+
+LANES = 4
+"""float32 elements of a NEON register."""
+STEP_INSTRUCTIONS = 4
+"""Two addresses, a comparison, a branch."""
+SPARE = 2
+"""Registers for weights, beside sums and numbers."""
+
+
+def has(machine: Machine) -> bool:
+    """Whether the machine multiplies by an element."""
+    return "asimd" in machine.features and machine.lanes == LANES
+
+
+def fits(machine: Machine, positions: int, outs: int) -> bool:
+    """Whether a tile's sums, numbers and weights are in registers together."""
+    return positions * (outs + 1) + SPARE <= machine.registers
+
+
+def most_positions(machine: Machine, outs: int) -> int:
+    """The largest tile of `outs` vectors that fits; 0 where there is none."""
+    return (machine.registers - SPARE) // (outs + 1)
+
+
+def instructions(positions: int, outs: int, contiguous: bool) -> float:
+    """Of one step: LANES numbers of each position, times `outs` vectors of weights for each number. `contiguous`: the
+    positions lie side by side."""
+    pairs = (positions + 1) // 2 if contiguous else positions
+    crowded = positions * (outs + 1) + SPARE == 32  # the weights then come one by one
+    return LANES * positions * outs + LANES * outs * (1 if crowded else 0.5) + pairs + STEP_INSTRUCTIONS
+
+
+def spread(vector: Any, element: int) -> Any:
+    """An expression: one element of a vector of LANES in all lanes; LLVM makes it an operand of the multiplication."""
+    from tvm import tirx
+
+    index = tirx.const(element, "int32")
+    return tirx.Shuffle([vector], [index] * LANES)
