@@ -1,0 +1,166 @@
+"""Tensor core kernels: tiles on layers of drawn shapes, emulated, against ONNX Runtime; and their registers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphopt.gpu_names import ARCHITECTURES
+from graphopt.targets import nvcc
+from graphopt.targets.cuda import Cuda
+from graphopt.targets.schedules import cuda
+from graphopt.targets.schedules.cuda import tensor_cores
+from graphopt.targets.schedules.cuda.products import product_of
+from tests.targets import cuda_emulator
+from tests.targets.integer_models import integer_conv
+from tests.targets.oracle import close, model, node, reference, uniform
+from tests.targets.test_cuda import needs_emulator, needs_nvcc
+
+BFLOAT16_EPSILON = 2.0**-7
+EPSILONS = {"float16": float(np.finfo(np.float16).eps), "bfloat16": BFLOAT16_EPSILON}
+LAYERS = 6
+
+
+def drawn_layers(rng: np.random.Generator, channels: int):
+    """Attributes and kernels (M, C, kH, kW) of convolutions of one picture: strides, pads, dilations, odd channels."""
+    found = []
+    for _ in range(LAYERS):
+        k_h, k_w = (int(x) for x in rng.integers(1, 4, 2))
+        attributes = {
+            "strides": [int(x) for x in rng.integers(1, 3, 2)],
+            "pads": [int(x) for x in rng.integers(0, 3, 4)],
+            "dilations": [int(x) for x in rng.integers(1, 3, 2)],
+        }
+        found.append((attributes, (int(rng.integers(5, 90)), channels, k_h, k_w)))
+    return found
+
+
+def drawn_decisions(rng: np.random.Generator, lowered, target: Cuda) -> set[str]:
+    """Give each product on tensor cores a decision at random; returns the names of the kernels."""
+    found = set()
+    for name, workload in target._workloads(lowered).items():
+        space = tensor_cores.match(workload)
+        if space:
+            lowered.decisions[name] = tensor_cores.NAME, space[int(rng.integers(len(space)))]
+            found.add(name)
+    return found
+
+
+def emulated(target: Cuda, lowered, folder: Path, feeds, monkeypatch):
+    monkeypatch.setattr(nvcc, "compile_source", cuda_emulator.compile_source)
+    target.build(lowered, folder)
+    return cuda_emulator.run(folder, feeds)
+
+
+@needs_emulator
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_every_tile_computes_the_convolution(seed, precision, tmp_path, monkeypatch):
+    rng = np.random.default_rng(seed)
+    channels = (24, 3, 19)[seed]
+    x = uniform(seed, int(rng.integers(1, 4)), channels, 11, 14)
+    constants, nodes = {}, []
+    for i, (attributes, shape) in enumerate(drawn_layers(rng, channels)):
+        constants[f"w{i}"], constants[f"b{i}"] = uniform(i, *shape), uniform(i + 50, shape[0])
+        nodes += [node("Conv", ["x", f"w{i}", f"b{i}"], [f"c{i}"], **attributes), node("Relu", [f"c{i}"], [f"y{i}"])]
+    nodes += [node("Flatten", ["x"], ["f"]), node("MatMul", ["f", "m"], ["y"])]
+    constants["m"] = uniform(99, channels * 11 * 14, 21)
+    made = model(nodes, {"x": x}, [*(f"y{i}" for i in range(LAYERS)), "y"], constants)
+    target = Cuda(arch="sm_80", precision=precision)
+    lowered = target.lower(made)
+    assert len(drawn_decisions(rng, lowered, target)) >= LAYERS
+    # x, w and the result are rounded, each by at most eps / 2 of its own; the products' errors add up at random and
+    # their sum is compared with the largest of many outputs: together well below four such roundings
+    tolerance = 4 * EPSILONS[precision]
+    close(emulated(target, lowered, tmp_path, {"x": x}, monkeypatch), reference(made, {"x": x}), tolerance)
+
+
+@needs_emulator
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_bytes_are_multiplied_exactly(seed, tmp_path, monkeypatch):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-128, 128, (2, 20, 9, 12)).astype(np.int8)
+    constants = {"s": np.float32(1), "z": np.int8(-7), "wz": np.zeros((), np.int8)}
+    nodes, wanted = [node("DequantizeLinear", ["x", "s", "z"], ["d"])], {}
+    for i, (attributes, shape) in enumerate(drawn_layers(rng, 20)):
+        constants[f"w{i}"] = rng.integers(-127, 128, shape).astype(np.int8)
+        nodes += [node("DequantizeLinear", [f"w{i}", "s", "wz"], [f"v{i}"]),
+                  node("Conv", ["d", f"v{i}"], [f"y{i}"], **attributes)]  # fmt: skip
+        wanted[f"y{i}"] = integer_conv(x, constants[f"w{i}"], -7, **attributes).astype(np.float32)
+    made = model(nodes, {"x": x}, list(wanted), constants)
+    target = Cuda(arch="sm_80")
+    lowered = target.lower(made)
+    assert len(drawn_decisions(rng, lowered, target)) == LAYERS
+    found = emulated(target, lowered, tmp_path, {"x": x}, monkeypatch)
+    for name, sums in wanted.items():
+        np.testing.assert_array_equal(found[name], sums)
+
+
+def one_layer(precision: str, channels: int, outs: int, size: int):
+    """A 3x3 layer with bias, residual and activation."""
+    x = uniform(0, 1, channels, size, size)
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["c"], pads=[1, 1, 1, 1]),
+        node("Add", ["c", "x"], ["s"]),
+        node("Relu", ["s"], ["y"]),
+    ]
+    constants = {"w": uniform(1, outs, channels, 3, 3), "b": uniform(2, outs)}
+    target = Cuda(arch="sm_80", precision=precision)
+    return target, target.lower(model(nodes, {"x": x}, ["y"], constants))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_75", marks=pytest.mark.long), "sm_90"])
+def test_every_tile_stays_in_registers(arch, every):
+    """Tiles of a layer in one compilation. The first choice spills nothing; ptxas puts a word or two of others' into
+    memory by its own choice, far below the limit. None needs more registers than the rule counts with."""
+    import tvm
+
+    target, lowered = one_layer("float16", 256, 256, 28)
+    workload = next(w for w in target._workloads(lowered).values() if product_of(w) is not None)
+    space = tensor_cores.match(workload) or []
+    tiles = {(d["rows"], d["columns"], d["down"], d["across"]) for d in space}
+    assert len(tiles) >= 8 and len(space) >= 20
+    space = space[::every]
+    kernels = {}
+    for i, decision in enumerate(space):
+        kernel = cuda.schedule(workload, cuda.Choice(tensor_cores.NAME, decision))
+        kernels[f"k{i}"] = kernel.func.with_attr("global_symbol", f"k{i}")
+    from graphopt.targets.relax import cuda_executable
+
+    compiled = Cuda(arch=arch).tvm_target()
+    with compiled, tvm.transform.PassContext(opt_level=3):
+        host = cuda_executable.compile_kernels(tvm.IRModule(kernels), compiled)
+    source = "\n".join(str(each.inspect_source()) for each in host.imports)
+    needs = nvcc.compile_source(source, arch, jobs=2).kernels
+    assert len(needs) == len(space)
+    for i, decision in enumerate(space):
+        needed = needs[f"k{i}_kernel"]
+        assert needed.spill_bytes <= (0 if i == 0 else 32), decision
+        assert needed.registers <= tensor_cores.Tile(**decision).registers("float16"), (decision, needed)
+
+
+def test_the_rule_fills_the_multiprocessors():
+    """Small layers get small tiles, or share out k; large ones large tiles."""
+    small, large = (_first("float16", 512, 7), _first("float16", 128, 112))
+    assert small["rows"] * small["columns"] < large["rows"] * large["columns"]
+    assert large["rows"] * large["columns"] >= 64 * 64
+
+
+def _first(precision: str, channels: int, size: int):
+    target, lowered = one_layer(precision, channels, channels, size)
+    workload = next(w for w in target._workloads(lowered).values() if product_of(w) is not None)
+    space = tensor_cores.match(workload)
+    assert space
+    return space[0]
+
+
+def test_architectures_without_units_get_other_kernels():
+    target, lowered = one_layer("float32", 64, 64, 14)
+    assert all(tensor_cores.match(w) is None for w in target._workloads(lowered).values())
+    assert all("tensor_fp16" in each.features for each in ARCHITECTURES.values())
+    assert json.loads(json.dumps(_first("float16", 64, 14))) == _first("float16", 64, 14)
