@@ -9,11 +9,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from graphopt.targets.schedules import Choice
-from graphopt.targets.schedules.cuda import floor, tensor_cores
+from graphopt.targets.schedules.cuda import elementwise, floor, tensor_cores, windows
 from graphopt.targets.schedules.cuda.gpu import Gpu, GpuWorkload
 from graphopt.targets.schedules.workload import Kernel
 
-TEMPLATES: tuple[ModuleType, ...] = (tensor_cores,)
+TEMPLATES: tuple[ModuleType, ...] = (tensor_cores, windows, elementwise)
 """In the order of their first guesses."""
 
 __all__ = ["Choice", "Gpu", "GpuWorkload", "choices", "schedule"]
