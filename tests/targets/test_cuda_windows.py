@@ -36,8 +36,10 @@ def drawn_model(seed: int):
         outputs.append(f"y{i}")
     constants["s"] = uniform(77, 1, channels, 1, 1)
     nodes += [node("Mul", ["x", "s"], ["m"]), node("Sigmoid", ["m"], ["g"]), node("Add", ["g", "x"], ["y"])]
-    nodes += [node("Concat", ["y0", "y0"], ["k"], axis=1), node("HardSigmoid", ["k"], ["e"])]
-    return model(nodes, {"x": x}, [*outputs, "y", "e"], constants), {"x": x}
+    row = uniform(seed, 5, 24)
+    constants["r"] = uniform(5, 24)
+    nodes += [node("Tanh", ["row"], ["t"]), node("Mul", ["t", "r"], ["e"])]
+    return model(nodes, {"x": x, "row": row}, [*outputs, "y", "e"], constants), {"x": x, "row": row}
 
 
 @needs_emulator
