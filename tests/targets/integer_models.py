@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from graphopt import capabilities
@@ -130,3 +131,63 @@ def network(seed: int, dtype, zero: int, activation: str) -> tuple[ir.Model, dic
     nodes.append(node("Flatten", [g1], ["f1"]))
     layer("Gemm", "f1", "w4", (10, 48), "y", transB=1)
     return model(nodes, {"x": x}, ["y"], constants), {"x": x}
+
+
+def residual_network(seed: int, activation: str, dtype: type = np.uint8) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """Convolution, depthwise convolution, residual Add and global mean, whose bytes are the outputs.
+
+    ONNX Runtime has integer kernels for all of it. Weights of 7 bits: it adds pairs of products in 16 bits where the
+    processor has nothing better.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-2, 2, (1, 3, 33, 35)).astype(np.float32)
+    low = 0 if dtype is np.uint8 else -128
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, np.ndarray] = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+
+    def pair(name, scale, point):
+        made, held = quantized(name, scale, low + point, dtype)
+        nodes.extend(made)
+        constants.update(held)
+        return name + "d"
+
+    def layer(data, name, shape, out, scale, **attributes):
+        weights = rng.integers(-63, 64, shape).astype(np.int8)
+        scales = rng.uniform(0.005, 0.02, shape[0]).astype(np.float32)
+        bias_scales = (scales * np.float32(scale)).astype(np.float32)
+        constants.update({
+            name: weights, name + "_s": scales, name + "_z": np.zeros(shape[0], np.int8),
+            name + "b": rng.integers(-3000, 3000, shape[0]).astype(np.int32), name + "b_s": bias_scales,
+            name + "b_z": np.zeros(shape[0], np.int32),
+        })  # fmt: skip
+        nodes.append(node("DequantizeLinear", [name, name + "_s", name + "_z"], [name + "d"], axis=0))
+        nodes.append(node("DequantizeLinear", [name + "b", name + "b_s", name + "b_z"], [name + "bd"], axis=0))
+        nodes.append(node("Conv", [data, name + "d", name + "bd"], [out], **attributes))
+
+    def activate(name, out):
+        bounds = ["low", "high"] if activation == "Clip" else []
+        nodes.append(node(activation, [name, *bounds], [out]))
+
+    layer(pair("x", 4 / 255, 128), "w1", (24, 3, 3, 3), "c1", 4 / 255, pads=[1, 1, 1, 1], strides=[2, 2])
+    activate("c1", "r1")
+    r1 = pair("r1", 6 / 255, 0)
+    layer(r1, "w2", (24, 1, 3, 3), "c2", 6 / 255, pads=[1, 1, 1, 1], group=24)
+    activate("c2", "r2")
+    layer(pair("r2", 6 / 255, 0), "w3", (24, 24, 1, 1), "c3", 6 / 255)
+    nodes.append(node("Add", [pair("c3", 0.031, 119), r1], ["a1"]))
+    a1 = pair("a1", 0.043, 101)
+    layer(a1, "w4", (40, 24, 3, 3), "c4", 0.043, pads=[1, 1, 1, 1])
+    c4 = pair("c4", 0.21, 127)
+    nodes.append(node("GlobalAveragePool", [c4], ["g1"]))
+    pair("g1", 0.009, 120)
+    return model(nodes, {"x": x}, ["xq", "r1q", "r2q", "a1q", "c4q", "g1q"], constants), {"x": x}
+
+
+def integer_reference(made: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What ONNX Runtime's integer kernels make of it: with its optimisations, which put them in."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    content = ir.to_proto(made).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(np.asarray, session.run(None, feeds)), strict=True))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +13,16 @@ from graphopt.targets.cpu import Cpu
 from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules import dot
 from graphopt.targets.schedules.workload import Workload
-from tests.targets.integer_models import integer_conv, integer_weight, network, quantized, quantized_conv, runnable
+from tests.targets.integer_models import (
+    integer_conv,
+    integer_reference,
+    integer_weight,
+    network,
+    quantized,
+    quantized_conv,
+    residual_network,
+    runnable,
+)
 from tests.targets.oracle import TARGET, compiled, model, node, reference
 
 CASES = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -177,59 +184,10 @@ def test_bytes_in_and_out():
 @pytest.mark.parametrize("activation", ["Relu", "Clip"])
 @pytest.mark.parametrize("seed", range(3))
 def test_bytes_are_those_of_onnx_runtime(seed, activation):
-    """Convolution, depthwise convolution, residual Add and global mean, bit for bit as its integer kernels round.
-
-    Weights of 7 bits: ONNX Runtime adds pairs of products in 16 bits where the processor has nothing better.
-    """
-    rng = np.random.default_rng(seed)
-    x = rng.uniform(-2, 2, (1, 3, 33, 35)).astype(np.float32)
-    nodes: list[onnx.NodeProto] = []
-    constants: dict[str, np.ndarray] = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
-
-    def pair(name, scale, point):
-        made, held = quantized(name, scale, point)
-        nodes.extend(made)
-        constants.update(held)
-        return name + "d"
-
-    def layer(data, name, shape, out, scale, **attributes):
-        weights = rng.integers(-63, 64, shape).astype(np.int8)
-        scales = rng.uniform(0.005, 0.02, shape[0]).astype(np.float32)
-        bias_scales = (scales * np.float32(scale)).astype(np.float32)
-        constants.update({
-            name: weights, name + "_s": scales, name + "_z": np.zeros(shape[0], np.int8),
-            name + "b": rng.integers(-3000, 3000, shape[0]).astype(np.int32), name + "b_s": bias_scales,
-            name + "b_z": np.zeros(shape[0], np.int32),
-        })  # fmt: skip
-        nodes.append(node("DequantizeLinear", [name, name + "_s", name + "_z"], [name + "d"], axis=0))
-        nodes.append(node("DequantizeLinear", [name + "b", name + "b_s", name + "b_z"], [name + "bd"], axis=0))
-        nodes.append(node("Conv", [data, name + "d", name + "bd"], [out], **attributes))
-
-    def activate(name, out):
-        bounds = ["low", "high"] if activation == "Clip" else []
-        nodes.append(node(activation, [name, *bounds], [out]))
-
-    layer(pair("x", 4 / 255, 128), "w1", (24, 3, 3, 3), "c1", 4 / 255, pads=[1, 1, 1, 1], strides=[2, 2])
-    activate("c1", "r1")
-    r1 = pair("r1", 6 / 255, 0)
-    layer(r1, "w2", (24, 1, 3, 3), "c2", 6 / 255, pads=[1, 1, 1, 1], group=24)
-    activate("c2", "r2")
-    layer(pair("r2", 6 / 255, 0), "w3", (24, 24, 1, 1), "c3", 6 / 255)
-    nodes.append(node("Add", [pair("c3", 0.031, 119), r1], ["a1"]))
-    a1 = pair("a1", 0.043, 101)
-    layer(a1, "w4", (40, 24, 3, 3), "c4", 0.043, pads=[1, 1, 1, 1])
-    c4 = pair("c4", 0.21, 127)
-    nodes.append(node("GlobalAveragePool", [c4], ["g1"]))
-    pair("g1", 0.009, 120)
-    made = model(nodes, {"x": x}, ["x" + "q", "r1q", "r2q", "a1q", "c4q", "g1q"], constants)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(made).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    found = compiled(made, {"x": x})
-    for name, wanted in zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True):
-        np.testing.assert_array_equal(found[name], np.asarray(wanted), err_msg=name)
+    made, feeds = residual_network(seed, activation)
+    found = compiled(made, feeds)
+    for name, wanted in integer_reference(made, feeds).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
 
 
 @pytest.mark.parametrize(("group", "stride", "zero"), [(1, 2, 0), (1, 2, 77), (1, 1, 9), (2, 2, 5), (1, 3, 128)])

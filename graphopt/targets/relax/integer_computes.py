@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import elementwise, rounding
-from graphopt.targets.relax.borders import borders
+from graphopt.targets.relax import elementwise, narrowing, rounding
+from graphopt.targets.relax.borders import Border, borders
 from graphopt.targets.relax.computes import ROW, WINDOW
 
 PAIRS = "graphopt.pairs"
@@ -80,14 +80,58 @@ def conv2d(
             PAIRS: int(pairs),
         },
     )
-    down, across = borders(size, (k_h, k_w), strides, dilations, pads[:2], out_size)
+    return _started(sums, start, borders(size, (k_h, k_w), strides, dilations, pads[:2], out_size))
+
+
+def depthwise(
+    data,
+    weight,
+    start,
+    *,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    out_size: tuple[int, int],
+    pairs: bool,
+):
+    """Depthwise convolution of bytes: `start` plus sums of products of what is stored, zero points not regarded.
+
+    data: (N, C / b, H * W, b) int8; weight: (C / b, kH, kW, b) int8; start: (1, C / b, classes, b) int32, as `conv2d`
+    has it -> (N, C / b, oH * oW, b) int32. `pairs`: whether two products always fit 16 bits.
+    """
+    from tvm import te
+
+    from graphopt.targets.relax import computes
+
+    batch, blocks, _, lanes = (int(d) for d in data.shape)
+    _, k_h, k_w, _ = (int(d) for d in weight.shape)
+    frame = computes.padded(data, size, pads, 0)
+    kh, kw = te.reduce_axis((0, k_h), "kh"), te.reduce_axis((0, k_w), "kw")
+
+    def cell(n, c, p, v):
+        y, x = computes.position(p, out_size[1], strides, dilations, kh, kw)
+        return te.sum(_wide(frame(n, c, y, x, v)) * _wide(weight[c, kh, kw, v]), axis=[kh, kw])
+
+    described = {WINDOW: [*size, *out_size, *strides, *pads[:2], *dilations, blocks], ROW: out_size[1]}
+    shape = (batch, blocks, out_size[0] * out_size[1], lanes)
+    sums: Any = te.compute(shape, cell, name="depthwise_int8", attrs={**described, PAIRS: int(pairs)})
+    return _started(sums, start, borders(size, (k_h, k_w), strides, dilations, pads[:2], out_size))
+
+
+def _started(sums, start, around: tuple[Border, Border]):
+    """Sums plus the number of their class, or the only one."""
+    from tvm import te
+
+    down, across = around
     varies = int(start.shape[2]) > 1
 
-    def from_start(n, o, p, v):
-        seen: Any = down.class_of(p // out_w) * across.classes + across.class_of(p % out_w) if varies else 0
+    def cell(n, o, p, v):
+        row, column = p // across.extent, p % across.extent
+        seen: Any = down.class_of(row) * across.classes + across.class_of(column) if varies else 0
         return sums[n, o, p, v] + start[0, o, seen, v]
 
-    return te.compute(sums.shape, from_start, name=START)
+    return te.compute(sums.shape, cell, name=START)
 
 
 def start_from(sums, start):
@@ -133,6 +177,8 @@ def saturated(number, scheme: tuple[int, int, int], dtype: str):
 
     zero_point, least, largest = scheme
     whole: Any = rounding.rounded(number)
+    if dtype == "int8":
+        return narrowing.narrowed(whole, zero_point, least, largest)
     bounded: Any = tirx.min(tirx.max(whole + zero_point if zero_point else whole, least), largest)
     return bounded.astype(dtype)
 

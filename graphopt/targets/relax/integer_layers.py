@@ -103,6 +103,10 @@ def dense_or_depthwise(builder: Builder, node: Node, data: Value, weights: Weigh
     geometry = geometry_of(node, data.shape[2:], weights.integers.shape[2:])
     groups = int(node.get("group", 1))
     if groups == data.channels == weights.integers.shape[0] and groups > 1:
+        if builder.byte_type == "int8":
+            plan = _planned(encoded.scale, encoded.zero_point, weights, bias, INTEGER_SUMS)
+            sums = _depthwise_sums(builder, encoded, weights.integers, plan.start, geometry)
+            return plan.result((data.shape[0], data.channels, *geometry["out_size"]), sums)
         if weights.integers[0].size > EXACT_TAPS:
             return None
         plan = _planned(encoded.scale, 0, weights, bias, FLOAT_SUMS)
@@ -391,6 +395,27 @@ def _depthwise(builder: Builder, encoded: Encoded, kernel: np.ndarray, start: np
     return builder.call(integer_computes.start_from, sums, first, pattern=ELEMENTWISE)
 
 
+def _depthwise_sums(
+    builder: Builder, encoded: Encoded, kernel: np.ndarray, start: np.ndarray, geometry: dict[str, Any]
+) -> Any:
+    """The same in integers: `start` plus 32-bit sums of int8 products."""
+    source = builder.blocked(encoded.source)
+    channels, _, k_h, k_w = kernel.shape
+    block = encoded.source.block
+    filters = block_array(kernel.reshape(1, channels, k_h, k_w), block)[0]
+    if encoded.zero_point:
+        start = _border_starts(start, kernel, encoded.zero_point, geometry)
+    return builder.call(
+        integer_computes.depthwise,
+        source,
+        builder.constant(filters.reshape(filters.shape[0], k_h, k_w, block)),
+        builder.constant(_in_blocks(start, filters.shape[0], block)),
+        pairs=int(kernel.min(initial=0)) > -128,
+        pattern=FUSABLE_ROOT,
+        **geometry,
+    )
+
+
 def dense_sums(
     builder: Builder,
     source: Value,
@@ -446,8 +471,12 @@ def _pixels(builder: Builder, origin: Origin, pads: tuple[int, int, int, int]) -
 
 def _along_channels(builder: Builder, numbers: np.ndarray, packed: np.ndarray) -> Any:
     """One int32, or as many as there are columns, for each output of packed weights: (1, M / ocb, columns, ocb)."""
-    lanes = packed.shape[-1] // integer_computes.QUAD
+    return builder.constant(_in_blocks(numbers, len(packed), packed.shape[-1] // integer_computes.QUAD))
+
+
+def _in_blocks(numbers: np.ndarray, blocks: int, lanes: int) -> np.ndarray:
+    """int32 (M,) or (M, columns) -> (1, blocks, columns, lanes), zeros where padded."""
     numbers = numbers.reshape(len(numbers), -1)
-    padded = np.zeros((len(packed) * lanes, numbers.shape[1]), np.int32)
+    padded = np.zeros((blocks * lanes, numbers.shape[1]), np.int32)
     padded[: len(numbers)] = numbers
-    return builder.constant(padded.reshape(1, len(packed), lanes, -1).swapaxes(2, 3))
+    return np.ascontiguousarray(padded.reshape(1, blocks, lanes, -1).swapaxes(2, 3))

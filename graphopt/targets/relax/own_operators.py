@@ -7,7 +7,7 @@ function imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from graphopt.arm_cores import ARM_FEATURES
@@ -52,11 +52,12 @@ def replaced(body: Any, name: str, replacement: Callable[[Any, int], Any]) -> An
     return tvm_ffi.structural_map(body, (Call, rewrite))
 
 
-def importing(body: Any, definitions: list[str]) -> Any:
-    """A body that calls functions defined in LLVM IR; TVM marks what it imports as always inlined."""
+def importing(body: Any, definitions: list[str], declarations: Iterable[str] = ()) -> Any:
+    """A body that calls functions defined in LLVM IR, which call those declared; TVM marks what it imports as always
+    inlined."""
     from tvm import tirx
 
-    text: Any = "\n".join(definitions)
+    text: Any = "\n".join([*definitions, *sorted(set(declarations))])
     return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, body) if definitions else body
 
 

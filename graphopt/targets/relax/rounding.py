@@ -26,6 +26,8 @@ _CALLS = {
     ("ssse3", 4): ("@llvm.x86.sse2.cvtps2dq", "", ""),
     ("avx2", 4): ("@llvm.x86.sse2.cvtps2dq", "", ""),
     ("asimd", 4): ("@llvm.aarch64.neon.fcvtns.v4i32.v4f32", "", ""),
+    ("asimd", 8): ("@llvm.aarch64.neon.fcvtns.v4i32.v4f32", "", ""),
+    ("asimd", 16): ("@llvm.aarch64.neon.fcvtns.v4i32.v4f32", "", ""),
 }
 """By extension and lanes: LLVM's intrinsic, its further operands (all lanes; the current rounding mode) and their
 types."""
@@ -62,15 +64,56 @@ def _lowered(body, features: frozenset[str]):
         return tirx.call_pure_extern(f"int32x{lanes}", f"graphopt_round_{lanes}", call.args[0])
 
     body = own_operators.replaced(body, OPERATOR, replacement)
-    return own_operators.importing(body, [_definition(*known[lanes]) for lanes in sorted(widths)])
+    found = [known[lanes] for lanes in sorted(widths)]
+    return own_operators.importing(body, [_definition(*key) for key in found], [_declaration(*key) for key in found])
+
+
+def _declaration(feature: str, lanes: int) -> str:
+    name, _, types = _CALLS[feature, lanes]
+    width = 4 if feature == "asimd" else lanes
+    return f"declare <{width} x i32> {name}(<{width} x float>{types})"
 
 
 def _definition(feature: str, lanes: int) -> str:
     """LLVM IR; TVM marks what it imports as always inlined."""
-    name, operands, types = _CALLS[feature, lanes]
+    name, operands, _ = _CALLS[feature, lanes]
+    if feature == "asimd" and lanes > 4:
+        return _in_quarters(name, lanes)
     single, whole = f"<{lanes} x float>", f"<{lanes} x i32>"
     return f"""define {whole} @graphopt_round_{lanes}({single} %x) {{
   %r = call {whole} {name}({single} %x{operands})
   ret {whole} %r
-}}
-declare {whole} {name}({single}{types})"""
+}}"""
+
+
+def _in_quarters(name: str, lanes: int) -> str:
+    """LLVM IR for 8 or 16 lanes of a function that takes four."""
+    lines, parts = [], []
+    for first in range(0, lanes, 4):
+        part = shuffle("%x", "poison", f"<{lanes} x float>", range(first, first + 4))
+        lines += [f"%x{first} = {part}", f"%r{first} = call <4 x i32> {name}(<4 x float> %x{first})"]
+        parts.append(f"%r{first}")
+    joined, result = in_one(parts, 4)
+    body = "\n  ".join([*lines, *joined])
+    return f"""define <{lanes} x i32> @graphopt_round_{lanes}(<{lanes} x float> %x) {{
+  {body}
+  ret <{lanes} x i32> {result}
+}}"""
+
+
+def in_one(parts: list[str], lanes: int, kind: str = "i32") -> tuple[list[str], str]:
+    """LLVM IR that joins a power of two of vectors, and the name of the result."""
+    lines = []
+    while len(parts) > 1:
+        joined = []
+        for left, right in zip(parts[::2], parts[1::2], strict=True):
+            joined.append(f"{left}j")
+            lines.append(f"{left}j = {shuffle(left, right, f'<{lanes} x {kind}>', range(2 * lanes))}")
+        parts, lanes = joined, 2 * lanes
+    return lines, parts[0]
+
+
+def shuffle(left: str, right: str, kind: str, places: range) -> str:
+    """LLVM IR: elements of two vectors of one type, side by side."""
+    numbers = ", ".join(f"i32 {i}" for i in places)
+    return f"shufflevector {kind} {left}, {kind} {right}, <{len(places)} x i32> <{numbers}>"

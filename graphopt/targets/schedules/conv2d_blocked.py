@@ -20,6 +20,8 @@ section II (register and cache blocking, prefetch); Liu et al., NeoCPU, USENIX A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.conv2d_by_element import ByElementLoops, applies, reads_constants
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Window
@@ -67,10 +69,14 @@ def match(workload: Workload) -> list[Decision] | None:
     return decisions(Window.of(block), workload)
 
 
-def decisions(window: Window, workload: Workload) -> list[Decision]:
-    """Register tiles, panels and orders for a direct convolution, best prediction first."""
+def decisions(window: Window, workload: Workload, most: Callable[[int], int] | None = None) -> list[Decision]:
+    """Register tiles, panels and orders for a direct convolution, best prediction first.
+
+    `most` says how many positions fit the registers beside some vectors of outputs, where products take others than a
+    sum for each, the weights and a scalar.
+    """
     found: list[tuple[float, int, Decision]] = []
-    for rows, columns, outs in _tiles(window, workload):
+    for rows, columns, outs in _tiles(window, workload, most):
         runs = window.rows.runs(rows), window.columns.runs(columns, clip=False), _outs(window).runs(outs)
         bodies = len(runs[0]) * len(runs[1]) * len(runs[2])
         for panel, order in _orders(window, runs):
@@ -91,7 +97,9 @@ def _outs(window: Window) -> Axis:
     return Axis(window.out_blocks, window.out_blocks, 1, 1, 1, 0)
 
 
-def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
+def _tiles(
+    window: Window, workload: Workload, fitting: Callable[[int], int] | None = None
+) -> list[tuple[int, int, int]]:
     """Sizes of register tiles that fit; several rows only where one tile spans them."""
     registers = workload.machine.registers
     vectors = max(window.out_lanes // workload.machine.lanes, 1)
@@ -100,7 +108,9 @@ def _tiles(window: Window, workload: Workload) -> list[tuple[int, int, int]]:
         return [(1, 1, outs) for outs in (4, 8, 12, 2, 1) if outs <= window.out_blocks]
     elements = _by_element(workload)
     for outs in range(1, min(6 if elements else 4, window.out_blocks) + 1):
-        if elements:
+        if fitting is not None:
+            most = fitting(outs * vectors)
+        elif elements:
             most = by_element.most_positions(workload.machine, outs * vectors)
         elif window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1

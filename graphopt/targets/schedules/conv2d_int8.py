@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from graphopt.targets.relax import own_operators
 from graphopt.targets.relax.integer_computes import START
 from graphopt.targets.schedules import dot
 from graphopt.targets.schedules.conv2d_blocked import before, decisions, predicted_cycles
@@ -41,7 +42,7 @@ def match(workload: Workload) -> list[Decision] | None:
     block = workload.anchor(ANCHOR)
     if block is None or not set(before(workload, ANCHOR)) <= {"pad"} or dot.way(workload.machine, block) is None:
         return None
-    return decisions(Window.of(block), workload)
+    return decisions(Window.of(block), workload, dot.MOST.get(dot.way(workload.machine, block) or ""))
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
@@ -60,6 +61,8 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
         parallel=work(block) >= dot.QUAD * PARALLEL_WORK and workload.machine.threads != 1,
         ahead=workload.machine.allows("prefetch"),
     )
+    if loops.way in dot.DEFINITIONS:
+        func = func.with_body(own_operators.importing(func.body, [dot.DEFINITIONS[loops.way]]))
     if wide is None:
         return Kernel(func)
     index, weight = wide
@@ -85,6 +88,11 @@ class IntegerLoops(ConvolutionLoops):
         if way in dot.ARM_WAYS:
             self.at_once = next(n for n in (4, 2, 1) if self.window.in_lanes % n == 0)
 
+    @property
+    def result_lanes(self) -> int:
+        """On ARM a whole block: bytes of four lanes would be stored four at a time."""
+        return self.lanes * self.vectors if self.way in dot.ARM_WAYS else self.lanes
+
     def widened_weight(self) -> tuple[int, Any] | None:
         """For ways of HALVED: which parameter the weight is, and the one that takes its place from now on."""
         from tvm import tirx
@@ -99,7 +107,7 @@ class IntegerLoops(ConvolutionLoops):
     def _products(self, step: Step, sums: Any, cell: Callable[..., Any]) -> Any:
         from tvm import tirx
 
-        if self.at_once > 1:
+        if self.way in dot.ARM_WAYS:
             return self._several(step, sums, cell)
         one = tirx.const(1, "int32")
         wide: Any = self.lanes
@@ -127,8 +135,8 @@ class IntegerLoops(ConvolutionLoops):
         for row in step.rows.outputs:
             for column in step.columns.outputs:
                 *at, _ = self._read(step, row, column)
-                loaded[row, column] = tirx.Var(f"quads{len(loaded)}", f"int32x{self.at_once}")
                 quads = dot.quads_at(self.data, tuple(at), first, self.at_once)
+                loaded[row, column] = tirx.Var(f"quads{len(loaded)}", f"{quads.ty.dtype}")
                 statements.append(tirx.Bind(loaded[row, column], quads))
         for lane in range(self.at_once):
             now = replace(step, lane=first + lane)
@@ -137,7 +145,7 @@ class IntegerLoops(ConvolutionLoops):
                     weights = self._weights(now, out, vector)
                     for (row, column), quads in loaded.items():
                         place = tirx.Ramp(tirx.const(cell(out, row, column, vector, 0), "int32"), one, wide)
-                        quad = tirx.Shuffle([quads], [tirx.const(lane, "int32")])
+                        quad = dot.quad_of(self.way, quads, lane)
                         total = dot.products(self.way, self.lanes, sums[place], quad, weights)
                         statements.append(tirx.BufferStore(sums, total, [place]))
         return sequence(statements)

@@ -248,11 +248,11 @@ class ConvolutionLoops:
 
         def results(v):
             return [
-                self._result(place, row, column, out, vector * lanes + v, sums[cell(out, row, column, vector, v)])
+                self._result(place, row, column, out, first + v, sums[cell(out, row, column, 0, 0) + first + v])
                 for out in range(outs)
                 for row in range(rows.size)
                 for column in range(columns.size)
-                for vector in range(self.vectors)
+                for first in range(0, self.vectors * lanes, self.result_lanes)
             ]
 
         def first(k, v) -> Any:
@@ -264,7 +264,7 @@ class ConvolutionLoops:
             return self.start[0, place.group * self.window.out_blocks + place.out + out, seen, vector * lanes + v]
 
         begin = self._vector(lambda v: [tirx.BufferStore(sums, first(k, v), [k * lanes + v]) for k in every])
-        end = self._vector(results)
+        end = self._vector(results, self.result_lanes)
         if waiting is not None:
             memory, largest = waiting
             base = place.number * (largest * lanes)
@@ -370,13 +370,18 @@ class ConvolutionLoops:
             return [tirx.IfThenElse(turn * count < lines, sequence(found), None)]
         return found
 
-    def _vector(self, statements: Callable[[Any], list[Any]]) -> Any:
-        """Statements for every lane at once."""
+    @property
+    def result_lanes(self) -> int:
+        """Neighbouring results that are stored together."""
+        return self.lanes
+
+    def _vector(self, statements: Callable[[Any], list[Any]], lanes: int = 0) -> Any:
+        """Statements for every lane at once; `lanes`: of these, where not those of a vector."""
         from tvm import tirx
 
         v: Any = tirx.Var("v", "int32")
-        zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
-        return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, sequence(statements(v)))
+        zero, count = tirx.const(0, "int32"), tirx.const(lanes or self.lanes, "int32")
+        return tirx.For(v, zero, count, tirx.ForKind.VECTORIZED, sequence(statements(v)))
 
     def _read(self, step: Step, row, column) -> tuple[Any, ...]:
         """Indices of the input that one output of a tile multiplies."""

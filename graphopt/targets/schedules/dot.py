@@ -23,6 +23,7 @@ Architecture Reference Manual for A-profile, C7.2 (SDOT, SMULL, SMLAL, SADALP).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +75,8 @@ def as_pairs(weight: np.ndarray) -> np.ndarray:
 
 
 def products(way: Way, lanes: int, sums: Any, quad: Any, weights: list[Any]) -> Any:
-    """`sums` (int32 x lanes) plus the products of `quad` (one int32 with four bytes) and a vector of weights.
+    """`sums` (int32 x lanes) plus the products of `quad` (one int32 with four bytes; for `smlal` and `smull` its pairs,
+    a list of two int16) and a vector of weights.
 
     `weights` is one vector (int8 x 4 lanes); for `words` two (int16 x 2 lanes), for `smlal` and `smull` two (int8 x 2
     lanes).
@@ -85,7 +87,7 @@ def products(way: Way, lanes: int, sums: Any, quad: Any, weights: list[Any]) -> 
     if way in ("smlal", "smull"):
         words = _words(lanes, quad, weights)
         for each in [words[0] + words[1]] if way == "smlal" else words:
-            sums = sums + _call(f"llvm.aarch64.neon.saddlp.v{lanes}i32.v{2 * lanes}i16", "int32", lanes, each)
+            sums = tirx.call_pure_extern(f"int32x{lanes}", "graphopt_sadalp", sums, each)
         return sums
     spread = tirx.Broadcast(quad, wide)
     if way == "sdot":
@@ -106,27 +108,55 @@ def products(way: Way, lanes: int, sums: Any, quad: Any, weights: list[Any]) -> 
     return sums
 
 
-def _words(lanes: int, quad: Any, weights: list[Any]) -> list[Any]:
-    """int16 x 2 lanes for each pair of a quad: its products with the weights."""
+DEFINITIONS = {
+    "smlal": """define <4 x i32> @graphopt_sadalp(<4 x i32> %sums, <8 x i16> %words) {
+  %r = call <4 x i32> asm sideeffect "sadalp $0.4s, $2.8h", "=w,0,w"(<4 x i32> %sums, <8 x i16> %words)
+  ret <4 x i32> %r
+}"""
+}
+DEFINITIONS["smull"] = DEFINITIONS["smlal"]
+"""LLVM IR that a function with such products imports. The addition is written in assembly, or else the compiler, which
+may add integers in any order, adds those of several quads first and has no registers for them. As a side effect, since
+it is moved behind the products otherwise."""
+MOST: dict[str, Callable[[int], int]] = {
+    "smlal": lambda vectors: (29 - 2 * vectors) // (vectors + 1),
+    "smull": lambda vectors: (29 - 2 * vectors) // (vectors + 1),
+}
+"""Positions whose sums fit 32 registers beside the weights of some vectors of outputs: a quad's weights are read
+together, two broadcast pairs are in use, and each position holds its quads in a register."""
+
+
+def _words(lanes: int, pairs: list[Any], weights: list[Any]) -> list[Any]:
+    """int16 x 2 lanes for each pair: its products with the weights."""
     from tvm import tirx
 
     wide: Any = lanes
-    pairs = _as("int16", 2, quad)
     found = []
-    for half, weight in enumerate(weights):
-        pair = tirx.Broadcast(tirx.Shuffle([pairs], [tirx.const(half, "int32")]), wide)
+    for pair, weight in zip(pairs, weights, strict=True):
         name = f"llvm.aarch64.neon.smull.v{2 * lanes}i16"
-        found.append(_call(name, "int16", 2 * lanes, _as("int8", 2 * lanes, pair), weight))
+        found.append(_call(name, "int16", 2 * lanes, _as("int8", 2 * lanes, tirx.Broadcast(pair, wide)), weight))
     return found
 
 
 def quads_at(buffer: Any, indices: tuple[Any, ...], first: Any, count: int) -> Any:
-    """`count` neighbouring quads along the last axis, from the `first` on, as int32 x count."""
+    """`count` neighbouring quads along the last axis, from the `first` on, as bytes."""
     from tvm import tirx
 
-    bytes_: Any = QUAD * count
-    place = tirx.Ramp(first * QUAD, tirx.const(1, "int32"), bytes_)
-    return tirx.reinterpret(f"int32x{count}", tirx.BufferLoad(buffer, [*indices, place]))
+    whole: Any = QUAD * count
+    return tirx.BufferLoad(buffer, [*indices, tirx.Ramp(first * QUAD, tirx.const(1, "int32"), whole)])
+
+
+def quad_of(way: Way, quads: Any, lane: int) -> Any:
+    """What `products` wants of one quad of a vector of bytes."""
+    from tvm import tirx
+
+    count = int(quads.ty.dtype.lanes) // QUAD
+    if way in ("smlal", "smull"):
+        pairs = tirx.reinterpret(f"int16x{2 * count}", quads)
+        return [tirx.Shuffle([pairs], [tirx.const(2 * lane + half, "int32")]) for half in range(2)]
+    if count == 1:
+        return tirx.reinterpret("int32", quads)
+    return tirx.Shuffle([tirx.reinterpret(f"int32x{count}", quads)], [tirx.const(lane, "int32")])
 
 
 def quad_at(buffer: Any, indices: tuple[Any, ...], quad: Any) -> Any:
