@@ -11,6 +11,7 @@ Source: Arm Architecture Reference Manual for A-profile, C7.2 (SQXTN, SQADD).
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from graphopt.targets.relax import own_operators
 from graphopt.targets.relax.rounding import in_one, shuffle
@@ -40,7 +41,7 @@ def _lowered(body, features: frozenset[str]):
 
     def replacement(call, lanes: int):
         x, *numbers = call.args
-        zero_point, least, largest = (int(n.value.value if isinstance(n, tirx.Broadcast) else n.value) for n in numbers)
+        zero_point, least, largest = (_number(each) for each in numbers)
         if lanes not in (8, 16) or "asimd" not in features:
             return _plain(x, zero_point, least, largest, lanes)
         name = f"graphopt_narrow{lanes}_{zero_point}_{least}_{largest}".replace("-", "m")
@@ -51,16 +52,23 @@ def _lowered(body, features: frozenset[str]):
     return own_operators.importing(body, [definitions[name] for name in sorted(definitions)], _DECLARED)
 
 
-def _plain(x, zero_point: int, least: int, largest: int, lanes: int):
+def _number(constant: Any) -> int:
+    """Of a constant, or of a vector of it."""
     from tvm import tirx
 
-    def spread(number: int):
-        wide: object = lanes
+    return int(constant.value.value if isinstance(constant, tirx.Broadcast) else constant.value)
+
+
+def _plain(x: Any, zero_point: int, least: int, largest: int, lanes: int):
+    from tvm import tirx
+
+    def spread(number: int) -> Any:
+        wide: Any = lanes
         constant = tirx.const(number, "int32")
         return constant if lanes == 1 else tirx.Broadcast(constant, wide)
 
     whole = x + spread(zero_point) if zero_point else x
-    bounded = tirx.min(tirx.max(whole, spread(least)), spread(largest))
+    bounded: Any = tirx.min(tirx.max(whole, spread(least)), spread(largest))
     return bounded.astype("int8" if lanes == 1 else f"int8x{lanes}")
 
 

@@ -186,7 +186,7 @@ class _Loops:
         from tvm import tirx
 
         numbers = [tirx.const(x, "int32") if isinstance(x, int) else x for x in at]
-        load = tirx.BufferLoad(buffer, [*numbers, _ramp(0, self.lanes)])
+        load: Any = tirx.BufferLoad(buffer, [*numbers, _ramp(0, self.lanes)])
         held = tirx.Var("held", str(load.ty.dtype))
         statements.append(tirx.Bind(held, load))
         return held
