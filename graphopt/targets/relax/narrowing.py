@@ -56,7 +56,8 @@ def _number(constant: Any) -> int:
     """Of a constant, or of a vector of it."""
     from tvm import tirx
 
-    return int(constant.value.value if isinstance(constant, tirx.Broadcast) else constant.value)
+    scalar: Any = constant.value if isinstance(constant, tirx.Broadcast) else constant
+    return int(scalar.value)
 
 
 def _plain(x: Any, zero_point: int, least: int, largest: int, lanes: int):
