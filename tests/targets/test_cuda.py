@@ -143,7 +143,9 @@ def test_precisions_that_an_architecture_lacks_are_refused():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.long) for a in ARCHITECTURES if a != "sm_90")]
+)
 def test_libraries_hold_machine_code_and_no_source(arch, tmp_path):
     made, _ = convolutions(3)
     folder = build(made, Cuda(arch=arch), tmp_path / "built")
@@ -184,7 +186,7 @@ def test_what_ptxas_says_is_understood():
 
 
 @needs_emulator
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_kernels_compute_what_onnx_runtime_does(graphs, emulated):
     made, feeds = convolutions(5)
     found = emulated(made, Cuda(arch="sm_80", graphs=graphs), feeds, times=3)  # a graph is recorded by the first run

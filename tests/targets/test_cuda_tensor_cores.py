@@ -56,7 +56,7 @@ def emulated(target: Cuda, lowered, folder: Path, feeds, monkeypatch):
 
 
 @needs_emulator
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_every_tile_computes_the_convolution(seed, precision, tmp_path, monkeypatch):
     rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def one_layer(precision: str, channels: int, outs: int, size: int):
 
 @needs_nvcc
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_75", marks=pytest.mark.long), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", *(pytest.param(a, marks=pytest.mark.long) for a in ("sm_75", "sm_90"))])
 def test_every_tile_stays_in_registers(arch, every):
     """Tiles of a layer in one compilation. The first choice spills nothing; ptxas puts a word or two of others' into
     memory by its own choice, far below the limit. None needs more registers than the rule counts with."""

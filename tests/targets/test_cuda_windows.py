@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def drawn_model(seed: int):
     nodes, constants, outputs = [], {}, []
     for i in range(8):
         kernel = [int(k) for k in rng.integers(1, 5, 2)]
-        attributes = {"strides": [int(s) for s in rng.integers(1, 3, 2)], "kernel_shape": kernel}
+        attributes: dict[str, Any] = {"strides": [int(s) for s in rng.integers(1, 3, 2)], "kernel_shape": kernel}
         attributes["pads"] = [int(rng.integers(0, k)) for k in (*kernel, *kernel)]
         kind = ("Conv", "MaxPool", "AveragePool", "Conv")[i % 4]
         if kind == "Conv":
