@@ -119,7 +119,12 @@ class Compiler:
         target = narrowed(self.target) if precision == "bf16" else self.target
         lowered = target.lower(specialise(model, self.data.samples[0]))
         tuning = target.tune(
-            lowered, seconds=tune_seconds, database=database_path(), seed=self.settings.seed, progress=self.progress
+            lowered,
+            seconds=tune_seconds if self.place.unit == "seconds" else 0.0,
+            database=database_path(),
+            seed=self.settings.seed,
+            progress=self.progress,
+            devices=self.place.devices,
         )
         target.build(lowered, folder)
         return tuning

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from graphopt import __version__, errors, plugins, spec
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
+from graphopt.farm_commands import farm, rpc_server
 from graphopt.package_command import package
 from graphopt.pipeline import PRESETS
 from graphopt.report_command import report
@@ -92,7 +93,7 @@ def group() -> None:
     """Find the fastest version of an ONNX model that is still right, and prove it.
 
     Exit codes: 0 done, 1 failure, 2 usage or input, 3 accuracy bound missed, 4 latency regression,
-    5 inconclusive, 130 interrupted.
+    5 inconclusive, 6 remote device or tracker not reached, lost, or of another version of TVM, 130 interrupted.
     """
 
 
@@ -101,6 +102,7 @@ def group() -> None:
 @click.option("-o", "--output", type=click.Path(), help="Artifact folder to write.")
 @click.option("--config", type=click.Path(), help="Options from a recipe.toml; the command line overrides it.")
 @click.option("--target", help="E.g. cpu, cpu{mcpu=cascadelake}. [default: cpu]")
+@click.option("--remote", help="Run and time on a device: HOST:PORT/KEY, or tracker:HOST:PORT/KEY. See docs/farm.md.")
 @click.option("--preset", help=f"Named pipeline: {', '.join(PRESETS)}. [default: exact]")
 @click.option("--passes", help="Pipeline, e.g. 'simplify,quantize-int8{calibration=percentile}'.")
 @click.option("--objective", type=click.Choice(["latency", "size"]), help="What the preset auto searches for.")
@@ -429,6 +431,8 @@ group.add_command(db)
 group.add_command(report)
 group.add_command(package)
 group.add_command(targets)
+group.add_command(farm)
+group.add_command(rpc_server)
 
 
 def _write_json(path: Path, content: Any) -> None:

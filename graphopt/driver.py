@@ -71,11 +71,11 @@ def optimize(
     """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
 
     `options` are the fields of `Settings`: preset, objective, search_seconds, calib, calib_samples, eval, preprocess,
-    max_drop, min_snr, inputs, threads, engine, precision, tune_seconds, measure_seconds, seed, overwrite.
+    max_drop, min_snr, inputs, threads, engine, precision, remote, tune_seconds, measure_seconds, seed, overwrite.
 
     Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
-    TargetError (failure). Where the accuracy bound cannot be met, the result says `report.accuracy_met == False`
-    and carries the fastest variant that does keep it.
+    TargetError (failure), DeviceError (a remote device cannot be reached or was lost). Where the accuracy bound cannot
+    be met, the result says `report.accuracy_met == False` and carries the fastest variant that does keep it.
     """
     pipeline = Pipeline.of(passes) if passes is not None else None
     settings = Settings(
@@ -142,7 +142,7 @@ def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, P
     if settings.threads is not None and hasattr(target, "threads"):
         target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
     settings, target = settled(settings, target)
-    place = place_for(target)
+    place = place_for(target, settings.remote)
     _check_place(settings, place)
     threads = getattr(target, "threads" if place.is_here else "thread_count", None) or os.cpu_count() or 1
     if settings.output is not None:

@@ -34,6 +34,9 @@ class Settings:
     model: str
     output: str | None = None
     target: str = "cpu"
+    remote: str | None = None
+    """An RPC server, `HOST:PORT/KEY`, or a tracker's devices, `tracker:HOST:PORT/KEY`: candidates are tuned, verified
+    and timed there."""
     preset: str = "exact"
     passes: str | None = None
     calib: str | None = None

@@ -15,6 +15,7 @@ from graphopt.candidates import specialise
 from graphopt.errors import SpecError, TargetError, nearest
 from graphopt.passes.base import Context
 from graphopt.pipeline import PRESETS, Pipeline
+from graphopt.places import Here, place_for
 from graphopt.plugins import parse_target
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime.artifact import MODEL, is_artifact
@@ -75,18 +76,28 @@ def tune_model(
     database: Path | None = None,
     seed: int = 0,
     fresh: bool = False,
+    remote: str | None = None,
     progress: Progress = SILENT,
 ) -> Tuned:
     """Search the schedules of a model's kernels, time every kernel, and keep what was found in the database.
 
-    KeyboardInterrupt is raised again with the best so far kept. Raises what `lower_model` and `Target.tune` raise.
+    `remote`: the devices that time them, in this machine's place. KeyboardInterrupt is raised again with the best so
+    far kept. Raises what `lower_model`, `place_for` and `Target.tune` raise.
     """
     if seconds < 0:
         raise SpecError(f"--tune-seconds {seconds:g} must not be negative")
     database = database or database_path()
+    place = Here() if remote is None else place_for(target, remote)
     lowered = lower_model(path, target, shapes or {}, seed)
     report = target.tune(
-        lowered, seconds=seconds, database=database, seed=seed, progress=progress, fresh=fresh, everything=True
+        lowered,
+        seconds=seconds,
+        database=database,
+        seed=seed,
+        progress=progress,
+        fresh=fresh,
+        everything=True,
+        devices=place.devices,
     )
     return Tuned(report, database)
 

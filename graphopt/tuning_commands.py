@@ -44,6 +44,7 @@ MODEL = click.option("--model", "models", multiple=True, type=click.Path(), help
 @click.option("--tune-seconds", type=float, default=60.0, show_default=True, help="Budget of the search.")
 @click.option("--fresh", is_flag=True, help="Search again what the database knows.")
 @DATABASE
+@click.option("--remote", help="Time on a device: HOST:PORT/KEY, or all of a tracker's key: tracker:HOST:PORT/KEY.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @FORMAT
 @click.option("-q", "--quiet", is_flag=True)
@@ -57,6 +58,7 @@ def tune(
     tune_seconds: float,
     fresh: bool,
     database: Path | None,
+    remote: str | None,
     seed: int,
     format_: str,
     quiet: bool,
@@ -76,6 +78,7 @@ def tune(
         database=database,
         seed=seed,
         fresh=fresh,
+        remote=remote,
         progress=ConsoleProgress(quiet),
     )
     if format_ == "json":
@@ -89,7 +92,17 @@ def tune(
         f"kernels were known, {report.trials} trials in {report.seconds:.1f} s{early}",
         soft_wrap=True,
     )
+    for line in device_lines(found.to_dict()):
+        STDOUT.print(line, markup=False, soft_wrap=True)
     return errors.EXIT_DONE
+
+
+def device_lines(report: Mapping[str, Any]) -> list[str]:
+    """What remote devices did in a search (its JSON), and which were lost; none where this machine timed."""
+    trials = report.get("devices") or {}
+    done = ", ".join(f"{where} {count}" for where, count in sorted(trials.items()))
+    lost = [f"lost {loss}; its trial was repeated" for loss in report.get("losses") or ()]
+    return [*([f"trials by device: {done}"] if done else []), *lost]
 
 
 def kernel_table(report: Mapping[str, Any]) -> Table:

@@ -23,7 +23,8 @@ FLOORS = (
     {"report", "settings", "diagnosis", "inspection_text"},
     set[str](),  # the stages of the driver: every room that is not named here
     {"driver"},
-    {"console", "tuning_commands", "report_command", "targets_command", "package_command", "cli", "__main__"},
+    {"console", "tuning_commands", "report_command", "targets_command", "farm_commands", "package_command", "cli",
+     "__main__"},
 )  # fmt: skip
 STAGES = 6
 LAZY = ("tvm", "onnxscript", "onnxsim", "onnxruntime")

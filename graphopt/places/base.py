@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt.measure import Contender, Counts, PairedResult
 from graphopt.progress import Progress
+from graphopt.targets.base import Devices
 from graphopt.verify import Feeds, Runner
 
 Unit = Literal["seconds", "instructions"]
@@ -48,6 +49,11 @@ class Place(abc.ABC):
         progress: Progress,
     ) -> PairedResult | Counts:
         """Compare contenders. Raises MeasurementError where none is left, TargetError."""
+
+    @property
+    def devices(self) -> Devices | None:
+        """What times candidates of the tuner; None: this machine."""
+        return None
 
     def evaluation_limit(self, model: ir.Model) -> int | None:
         """On how many samples accuracy through an engine is measured at most; None: on all."""

@@ -61,6 +61,15 @@ def emulated(arch: str, cpu: str, key: str = _KEY, options: Sequence[str] = ()) 
 
     Raises TargetError: QEMU, a C library or a compiler for `arch` is missing, or the server does not start.
     """
+    with emulated_process(arch, cpu, key, options) as (_, address):
+        yield address
+
+
+@contextmanager
+def emulated_process(
+    arch: str, cpu: str, key: str, options: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], Address]]:
+    """`emulated`, with the server's process, which leads a group of its own."""
     emulator, system = find_emulator(arch), find_system(arch)
     if emulator is None or system is None:
         what = "QEMU" if emulator is None else f"the C library of {arch}"
@@ -74,7 +83,7 @@ def emulated(arch: str, cpu: str, key: str = _KEY, options: Sequence[str] = ()) 
             start_new_session=True,
         )  # fmt: skip
         try:
-            yield Address("127.0.0.1", _port(server, cpu), key)
+            yield server, Address("127.0.0.1", _port(server, cpu), key)
         finally:
             _end(server)
 

@@ -20,6 +20,7 @@
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
@@ -316,6 +317,9 @@ int main(int count, char** arguments) {
     fprintf(stderr, "usage: rpc_server PORT KEY [--host ADDRESS] [--tracker HOST:PORT] [--advertise ADDRESS]\n");
     return 2;
   }
+#ifdef __x86_64__
+  syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM: AMX's tile registers, where there are any
+#endif
   setenv("TVM_THREAD_POOL_SPIN_COUNT", "2000", 0);  // as graphopt's own engine: idle workers sleep
   int port = 0, listener = Listen(options, &port);
   if (listener < 0) return 1;

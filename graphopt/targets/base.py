@@ -33,6 +33,10 @@ class TuningReport:
     arithmetic than it is credited with (Winograd); None for kinds without a peak."""
     stopped_early: bool = False
     """True when the time budget ended before every task was searched; the best so far was kept."""
+    devices: Mapping[str, int] = field(default_factory=dict)
+    """Remote devices and how many trials each finished; empty where this machine timed."""
+    losses: tuple[str, ...] = ()
+    """Devices that were lost in a trial: which, when and why. Their trials were repeated on others."""
     peaks: Mapping[str, float] = field(default_factory=dict)
     """By kind, GFLOP/s (GOP/s of bytes) that one core of this machine reached; empty where nothing was timed."""
 
@@ -40,6 +44,10 @@ class TuningReport:
     def kernels_us(self) -> float:
         """The kernels' times, each as often as a run of the model calls it; those without a time count nothing."""
         return sum((row["time_us"] or 0.0) * row["calls"] for row in self.rows)
+
+
+class Devices(Protocol):
+    """Remote devices of one kind, that time candidates: `graphopt.remote.farm.RemoteDevices`."""
 
 
 class Lowered(Protocol):
@@ -80,10 +88,12 @@ class Target(abc.ABC):
         progress: Progress = SILENT,
         fresh: bool = False,
         everything: bool = False,
+        devices: Devices | None = None,
     ) -> TuningReport:
         """Choose a schedule for every workload, within `seconds`, starting from `database` and adding to it.
 
-        `fresh` searches again what the database knows; `everything` also times kernels that have only one schedule.
+        `fresh` searches again what the database knows; `everything` also times kernels that have only one schedule;
+        `devices` are where candidates are timed, if not on this machine.
         KeyboardInterrupt keeps the best so far in the database and is raised again.
         """
 

@@ -22,7 +22,7 @@ from graphopt.gpu_names import ARCHITECTURES, Architecture, find_architecture, f
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime import gpu
 from graphopt.targets import nvcc
-from graphopt.targets.base import Diagnosis, Lowered, Target, TuningReport
+from graphopt.targets.base import Devices, Diagnosis, Lowered, Target, TuningReport
 from graphopt.targets.llvm import TVM_PIN, LoweredModel, compile_error, tensor_descriptions
 
 PRECISIONS = {
@@ -158,6 +158,7 @@ class Cuda(Target):
         progress: Progress = SILENT,
         fresh: bool = False,
         everything: bool = False,
+        devices: Devices | None = None,
     ) -> TuningReport:
         """Choose a template and a decision for each kernel by rule: what fits the multiprocessor best.
 

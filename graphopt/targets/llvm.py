@@ -21,7 +21,7 @@ from graphopt import capabilities
 from graphopt.errors import TargetError
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime import amx_permission
-from graphopt.targets.base import Lowered, Target, TuningReport
+from graphopt.targets.base import Devices, Lowered, Target, TuningReport
 
 if TYPE_CHECKING:
     from graphopt.targets.relax import ahead_of_time
@@ -169,23 +169,28 @@ class LlvmTarget(Target):
         progress: Progress = SILENT,
         fresh: bool = False,
         everything: bool = False,
+        devices: Devices | None = None,
     ) -> TuningReport:
         """Search each kernel's space within `seconds`; kernels in `database` need no search.
 
-        Raises TargetError when the target is not this machine's processor: then nothing can be measured. With
-        `seconds` 0 the templates' first decisions stand.
+        Raises TargetError when the target is not this machine's processor and there are no `devices`: then nothing can
+        be measured; DeviceError when all `devices` are lost. With `seconds` 0 the templates' first decisions stand.
         """
+        from graphopt.remote.farm import RemoteDevices
         from graphopt.targets.tuning import peak
         from graphopt.targets.tuning.search import Search
 
-        if seconds > 0 and not self.features <= capabilities.host_features():
+        elsewhere = cast(RemoteDevices | None, devices)
+        if seconds > 0 and elsewhere is None and not self.features <= capabilities.host_features():
             raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
         lowered = cast(LoweredModel, lowered)
-        if seconds > 0 and lowered.tiles:
+        if seconds > 0 and lowered.tiles and elsewhere is None:
             amx_permission.require(f"a kernel for {self}")
-        search = Search(lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything)
+        search = Search(
+            lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything, devices=elsewhere
+        )
         report = search.run(seconds)
-        return peak.with_shares(report, self) if seconds > 0 else report
+        return peak.with_shares(report, self) if seconds > 0 and elsewhere is None else report
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""

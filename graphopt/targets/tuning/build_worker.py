@@ -32,6 +32,8 @@ class Order:
     constants: tuple[int, ...]
     target: Any
     library: str
+    arch: str | None = None
+    """Of the processor it is for, if not this machine's."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def build(order: Order) -> Built:
         module = executable.compile_function(kernel.func.with_attr("global_symbol", "main"), order.target)
         compiled = f"{order.library}.o"
         module.write_to_file(compiled, "o")
-        link.link_shared(order.library, [compiled])
+        link.link_shared(order.library, [compiled], order.arch)
         os.unlink(compiled)
         return Built(order.library, tuple(parameters(kernel.func, order.constants)))
     except (InternalError, ScheduleError, GraphoptError, RuntimeError, ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """Decisions that were measured: one JSON object a line, appended whole, read leniently.
 
-A key is (workload digest, instruction set, threads); the last line of a key counts. A line that cannot be read (a
-crash while writing, a hand edit) is skipped and counted. Records of another TVM version are kept in the file and
+A key is (workload digest, instruction set, threads, device); the last line of a key counts. A line that cannot be read
+(a crash while writing, a hand edit) is skipped and counted. Records of another TVM version are kept in the file and
 ignored. Beneath the user's file lie the records that come with the package: a user's record wins over a shipped one.
 """
 
@@ -38,6 +38,8 @@ class Key:
     isa: str
     """Instruction-set class of the generated code (signature.isa_class)."""
     threads: int
+    device: str = ""
+    """Fingerprint of the remote device it was measured on; empty for this machine."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Record:
     """Positions in the space that were measured, so that a search that was interrupted goes on; empty if complete."""
     tvm: str = ""
     """The version of TVM that built it."""
+    measured_on: str = ""
+    """The name of the remote device: for people."""
 
 
 class Database:
@@ -93,13 +97,13 @@ class Database:
         return None
 
     def neighbours(self, key: Key) -> list[Record]:
-        """Records of the same workload for other thread counts, nearest first: good first guesses."""
-        counts = sorted(
-            {k.threads for records in (self._records, self._shipped) for k in records
-             if k.workload == key.workload and k.isa == key.isa and k.threads != key.threads},
-            key=lambda t: abs(t - key.threads),
+        """Records of the same workload for other thread counts and devices, nearest first: good first guesses."""
+        others = sorted(
+            {k for records in (self._records, self._shipped) for k in records
+             if k.workload == key.workload and k.isa == key.isa and k != key},
+            key=lambda k: (k.device != key.device, abs(k.threads - key.threads), k.device),
         )  # fmt: skip
-        found = (self.find(Key(key.workload, key.isa, threads)) for threads in counts)
+        found = (self.find(other) for other in others)
         return [record for record in found if record is not None]
 
     def add(self, key: Key, record: Record) -> None:
@@ -117,7 +121,7 @@ class Database:
 def encode(key: Key, record: Record) -> str:
     """One line of the file."""
     content = {**asdict(key), **asdict(record)}
-    for name in ("kernel", "tried"):
+    for name in ("kernel", "tried", "device", "measured_on"):
         if not content[name]:
             del content[name]
     return json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n"
@@ -154,7 +158,7 @@ def merged(several: Iterable[Mapping[Key, Record]]) -> dict[Key, Record]:
 
 def compact(records: Mapping[Key, Record]) -> str:
     """The text of a database of these records, one line each, in order of key: equal records give equal text."""
-    ordered = sorted(records.items(), key=lambda pair: (pair[0].isa, pair[0].threads, pair[0].workload))
+    ordered = sorted(records.items(), key=lambda pair: (pair[0].isa, pair[0].device, pair[0].threads, pair[0].workload))
     return "".join(encode(key, record) for key, record in ordered)
 
 
@@ -192,7 +196,7 @@ def _rank(record: Record) -> tuple[tuple[int, ...], bool, float]:
 def _parse_line(line: str) -> tuple[Key, Record] | None:
     try:
         entry = json.loads(line)
-        key = Key(str(entry["workload"]), str(entry["isa"]), int(entry["threads"]))
+        key = Key(str(entry["workload"]), str(entry["isa"]), int(entry["threads"]), str(entry.get("device", "")))
         decision = entry["decision"]
         if not isinstance(decision, dict):
             return None
@@ -206,6 +210,7 @@ def _parse_line(line: str) -> tuple[Key, Record] | None:
             kernel=str(entry.get("kernel", "")),
             tried=tuple(int(i) for i in entry.get("tried", ())),
             tvm=str(entry["tvm"]),
+            measured_on=str(entry.get("measured_on", "")),
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return None

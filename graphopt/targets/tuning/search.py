@@ -1,9 +1,9 @@
 """Choose a decision for every kernel: from the database, else by building and timing candidates.
 
-Processes build candidates on all processors while this one times those that are done (they stop for as long as a
-timing lasts). First every kernel gets a time, of its best guess, the largest kernels first. Then each next trial goes
-to the kernel where it may save most in a run of the model: the kernel's share of the time, its distance to the
-roofline, and how long its last candidates brought nothing. A kernel's search ends when candidates stop helping.
+Processes build candidates on all processors while this one times those that are done (they stop for as long as a timing
+lasts), or while devices do. First every kernel gets a time, of its best guess, the largest kernels first. Then each
+next trial goes to the kernel where it may save most in a run of the model: the kernel's share of the time, its distance
+to the roofline, and how long its last candidates brought nothing. A kernel's search ends when candidates stop helping.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.progress import Advance, Progress
-from graphopt.runtime.tvm_engine import last_line, set_threads
 from graphopt.targets import schedules
 from graphopt.targets.base import TuningReport
 from graphopt.targets.tuning import database as databases
@@ -29,12 +28,14 @@ from graphopt.targets.tuning.database import Database
 from graphopt.targets.tuning.measure import Bench
 from graphopt.targets.tuning.task import Task, unfinished
 from graphopt.targets.tuning.tasks import constant_bytes, find_tasks
+from graphopt.targets.tuning.timers import DeviceTimer, LocalTimer, Timer, Timing, device_timer
 
 if TYPE_CHECKING:
+    from graphopt.remote.farm import RemoteDevices
     from graphopt.targets.llvm import LlvmTarget, LoweredModel
 
-CLOSE = 1.06
-"""A candidate within this factor of the best is timed again, in turns with the best."""
+POLL_S = 0.05
+"""How long to wait for a build while devices are timing, and the other way round."""
 FLUSH_S = 20.0
 """Unfinished searches are recorded this often, so that a crash loses little."""
 
@@ -43,7 +44,7 @@ class Search:
     """The tuner of one model.
 
     `fresh` searches again what the database knows. `everything` also times kernels that have no choice, so that the
-    report's rows add up to a run of the model.
+    report's rows add up to a run of the model. `devices` time candidates in this machine's place.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Search:
         *,
         fresh: bool = False,
         everything: bool = False,
+        devices: RemoteDevices | None = None,
     ):
         self.lowered = lowered
         self.target = target
@@ -66,8 +68,12 @@ class Search:
         self.everything = everything
         self.trials = 0
         self.roofline = Roofline()
-        self.tasks = find_tasks(lowered, target, None if fresh else self.database, everything)
-        self._bench = Bench(constant_bytes(lowered.module), seed)
+        self.devices = devices
+        self._device = "" if devices is None else devices.device.fingerprint
+        self._device_name = "" if devices is None else devices.device.name
+        self.tasks = find_tasks(lowered, target, None if fresh else self.database, everything, self._device)
+        self._seed = seed
+        self._timer: Timer | None = None
         self._recorded: dict[int, int] = {}
         self._flushed = 0.0
 
@@ -95,21 +101,24 @@ class Search:
 
     def _explore(self, deadline: float, advance: Advance) -> bool:
         """Build and time candidates; False when time ran out before all searches had ended."""
-        set_threads(self.target.thread_count)
         open_tasks = self._unfinished(self.tasks)
-        with BuildPool(usable_processors()) as pool:
+        with BuildPool(usable_processors()) as pool, contextlib.closing(self._timing(pool)) as timer:
+            self._timer = timer
             while True:
-                while pool.has_room and time.perf_counter() < deadline and self._submit(pool, open_tasks):
+                left = deadline - time.perf_counter()
+                while pool.has_room and timer.has_room and left > 0 and self._submit(pool, open_tasks):
                     pass
-                if not pool.in_flight:
+                if not pool.in_flight and not timer.in_flight:
                     return not self._unfinished(open_tasks)
-                remaining = deadline - time.perf_counter()
-                result = pool.next_result(remaining) if remaining > 0 else None
-                if result is None:
+                if left <= 0 and not timer.in_flight:
                     return False
-                (task, position), built = result
-                with pool.quiet(self.target.thread_count):
-                    self._time(task, position, built)
+                if left > 0 and pool.in_flight:
+                    result = pool.next_result(POLL_S if timer.in_flight else left)
+                    if result is not None:
+                        (task, position), built = result
+                        self._take(timer, task, position, built)
+                for timing in timer.finished(0.0 if left > 0 and pool.in_flight else POLL_S):
+                    self._settle(timing)
                 for done in [t for t in open_tasks if not t.pending and not self._unfinished([t])]:
                     open_tasks.remove(done)
                     self._record(done, complete=True)
@@ -118,6 +127,11 @@ class Search:
                 if time.perf_counter() - self._flushed > FLUSH_S:
                     self._flushed = time.perf_counter()
                     self._record_all()
+
+    def _timing(self, pool: BuildPool) -> Timer:
+        if self.devices is not None:
+            return device_timer(self.devices, self.target.thread_count, self.progress.note)
+        return LocalTimer(Bench(constant_bytes(self.lowered.module), self._seed), pool, self.target.thread_count)
 
     def _unfinished(self, tasks: list[Task]) -> list[Task]:
         run_us = sum(t.calls * (t.time_us or 0.0) for t in self.tasks)
@@ -131,7 +145,8 @@ class Search:
         task = max(worthy, key=lambda t: t.priority(self.roofline))
         position = task.next_position()
         task.pending.add(position)
-        order = Order(task.plain_workload, task.choices[position], task.constants, self._compiled_for, pool.library())
+        order = Order(task.plain_workload, task.choices[position], task.constants, self._compiled_for, pool.library(),
+                      self.target.arch)  # fmt: skip
         pool.submit((task, position), order)
         return True
 
@@ -139,23 +154,26 @@ class Search:
     def _compiled_for(self) -> Any:
         return self.target.tvm_target()
 
-    def _time(self, task: Task, position: int, built: Built) -> None:
-        """Time a candidate, in turns with the best where the two are close."""
+    def _take(self, timer: Timer, task: Task, position: int, built: Built) -> None:
+        """Have what was built timed."""
         self.trials += 1
         if built.problem:
             task.fail(position)
             self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot be built ({built.problem})")
-            return
-        try:
-            run = _load(built.library)["main"], self._bench.arguments(built.parameters)
-            time_us, best_us = self._bench.time_us(*run), None
-            if task.run is not None and time_us < CLOSE * (task.time_us or 0.0):
-                best_us, time_us = self._bench.duel(task.run, run)
-        except (RuntimeError, ValueError, TypeError) as error:  # what a kernel's own checks raise
+        else:
+            timer.submit(task, position, built)
+
+    def _settle(self, timing: Timing) -> None:
+        """Take in a measurement."""
+        task, position = timing.task, timing.position
+        if timing.problem:
             task.fail(position)
-            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({last_line(error)})")
+            self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot run ({timing.problem})")
             return
-        task.settle(position, time_us, best_us, run)
+        best_us = timing.best_us
+        if best_us is not None and timing.rival is not None and timing.rival != task.best:
+            task.times[timing.rival], best_us = best_us, None  # another one has become the best meanwhile
+        task.settle(position, timing.time_us, best_us, timing.run)
         self.roofline.observe(task.cost, task.times[task.best], schedules.arithmetic_share(task.choice))
 
     def _record_all(self) -> None:
@@ -169,7 +187,7 @@ class Search:
             return
         self._recorded[id(task)] = len(task.tried)
         version = schedules.template_named(task.choice.template).VERSION
-        self.database.add(task.key, task.record(version, databases.compiler_version(), complete))
+        self.database.add(task.key, task.record(version, databases.compiler_version(), complete, self._device_name))
 
     def _report(self, seconds: float, stopped: bool) -> TuningReport:
         chosen = sorted(
@@ -178,7 +196,10 @@ class Search:
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
         known = sum(t.known is not None for t in self.tasks)
         rows = tuple(_row(task) for task in self.tasks)
-        return TuningReport(len(self.tasks), known, self.trials, seconds, digest, rows, stopped)
+        farm = self._timer.farm if isinstance(self._timer, DeviceTimer) else None
+        devices = {} if farm is None else dict(farm.trials)
+        losses = () if farm is None else tuple(map(str, farm.losses))
+        return TuningReport(len(self.tasks), known, self.trials, seconds, digest, rows, stopped, devices, losses)
 
 
 def usable_processors() -> list[int]:
@@ -199,12 +220,3 @@ def _row(task: Task) -> Mapping[str, Any]:
         "from_database": task.known is not None,
         "kind": task.cost.kind,
     }
-
-
-def _load(library: str) -> Any:
-    import tvm
-
-    module = tvm.runtime.load_module(library)
-    with contextlib.suppress(OSError):
-        os.unlink(library)  # it stays mapped
-    return module

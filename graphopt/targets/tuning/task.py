@@ -156,12 +156,12 @@ class Task:
         self.failed.add(position)
         self.fruitless += bool(self.times)
 
-    def record(self, version: int, tvm: str, complete: bool) -> Record:
+    def record(self, version: int, tvm: str, complete: bool, measured_on: str = "") -> Record:
         """What the database keeps. Call only when something was measured."""
         tried = () if complete else tuple(sorted(self.failed | set(self.times)))
         return Record(
             self.choice.template, version, dict(self.choice.decision), round(self.times[self.best], 3),
-            len(self.failed) + len(self.times), complete, self.names[0], tried, tvm,
+            len(self.failed) + len(self.times), complete, self.names[0], tried, tvm, measured_on,
         )  # fmt: skip
 
     def start_from(self, record: Record) -> None:

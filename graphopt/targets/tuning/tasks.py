@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 
 def find_tasks(
-    lowered: LoweredModel, target: LlvmTarget, database: Database | None, everything: bool = False
+    lowered: LoweredModel,
+    target: LlvmTarget,
+    database: Database | None,
+    everything: bool = False,
+    device: str = "",
 ) -> list[Task]:
     """The distinct kernels of a model that have a choice, those that do most arithmetic first.
 
-    With `everything`, kernels without a choice too. Two kernels are one task when they compute the same.
+    With `everything`, kernels without a choice too. `device`: fingerprint of a remote one.
+    Two kernels are one task when they compute the same.
     """
     from graphopt.targets.relax import pipeline
 
@@ -33,7 +38,7 @@ def find_tasks(
     for name, func in pipeline.prim_funcs(lowered.module).items():
         workload = Workload(func.with_attr("global_symbol", "main"), target.machine())
         held = constants.get(name, ())
-        key = Key(workload_digest(workload, held, target.switched_off), isa, target.thread_count)
+        key = Key(workload_digest(workload, held, target.switched_off), isa, target.thread_count, device)
         if key in found:
             found[key].names.append(name)
             found[key].calls += counts.get(name, 1)
