@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graphopt import model as models
 from graphopt.candidates import Candidate
+from graphopt.libraries import Library
 from graphopt.report import Report
 from graphopt.report.front import front_plot, pareto
 from graphopt.report.html import to_html
 from graphopt.runtime.artifact import COMPILED, MODEL, write_manifest
 from graphopt.settings import Settings
-from graphopt.targets.base import Target
 from graphopt.variants import Source
 from graphopt.verify import Feeds
 
@@ -35,14 +35,17 @@ def write_artifact(
     source: Source,
     sample: Feeds,
     settings: Settings,
-    target: Target,
+    libraries: Sequence[Library],
     report: Report,
     measured: Mapping[str, Any],
 ) -> None:
-    """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on."""
+    """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on,
+    `libraries` what a processor tries in turn."""
     models.save(chosen.variant.model if chosen.variant is not None else source.model, folder / MODEL)
-    if chosen.record.engine == "tvm":
-        shutil.copytree(chosen.path, folder / COMPILED)
+    placed = []
+    for index, library in enumerate(libraries):
+        placed.append({"folder": f"{COMPILED}-{index}" if index else COMPILED, "target": library.record.target})
+        shutil.copytree(library.path, folder / placed[-1]["folder"])
     written = report.to_dict()
     (folder / REPORT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(to_html(written), encoding="utf-8")
@@ -59,7 +62,8 @@ def write_artifact(
         "engine": chosen.record.engine,
         "variant": chosen.record.variant,
         "precision": chosen.record.precision,
-        "target": str(target),
+        "target": settings.target,
+        "libraries": placed,
         "measured": {"where": report.place.get("label"), "unit": report.place.get("unit"), "timed": not counted},
         "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
         "signature": {

@@ -26,13 +26,13 @@ from graphopt.candidates import Candidate, Compiler, baseline, make_candidates
 from graphopt.engine_accuracy import judge_engine
 from graphopt.errors import DataError, SpecError, TargetError
 from graphopt.gate import choose, compare_candidates, explain
+from graphopt.libraries import Library, leading, make_libraries, parse_targets
 from graphopt.measure import Counts, PairedResult, environment
 from graphopt.mixing import mix
 from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
 from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
 from graphopt.places import Place, place_for
-from graphopt.plugins import parse_target
 from graphopt.precision import settled
 from graphopt.progress import SILENT, Progress
 from graphopt.report import DataRecord, Report, SourceRecord
@@ -97,7 +97,7 @@ def run(
     pipeline: Pipeline | None = None,
 ) -> Result:
     """`optimize` with its options as one value; `on_settings` is called before work starts."""
-    settings, pipeline, target, place = _resolve(settings, pipeline)
+    settings, pipeline, targets, target, place = _resolve(settings, pipeline)
     on_settings(settings, target)
     report = Report(settings=dataclasses.asdict(settings), environment=environment(settings.threads or 1).to_dict())
     report.target = {"spec": str(target), **target.capabilities.describe()}
@@ -120,6 +120,8 @@ def run(
             candidates = _compile(source, variants, compiler, report)
         with _timed(report, "measure"):
             chosen, race = _measure_and_choose(source, candidates, compiler, report)
+        with _timed(report, "libraries"):
+            libraries = _make_libraries(chosen, targets, source, compiler, report)
         if stage is not None:
             with _timed(report, "write"):
                 write_artifact(
@@ -128,27 +130,37 @@ def run(
                     source,
                     data.samples[0],
                     _replaying(settings, chosen),
-                    target,
+                    libraries,
                     report,
                     {**race.to_dict(), "delivered": chosen.name},
                 )
     return Result(report, None if settings.output is None else Path(settings.output))
 
 
-def _resolve(settings: Settings, pipeline: Pipeline | None) -> tuple[Settings, Pipeline, Target, Place]:
+def _resolve(
+    settings: Settings, pipeline: Pipeline | None
+) -> tuple[Settings, Pipeline, tuple[Target, ...], Target, Place]:
+    """`target` is the one of `targets` for which candidates are compared."""
     settings = settings.resolved()
     pipeline = Pipeline.parse(settings.pipeline_text()) if pipeline is None else pipeline
-    target = parse_target(settings.target)
-    if settings.threads is not None and hasattr(target, "threads"):
-        target = dataclasses.replace(target, threads=settings.threads)  # pyright: ignore[reportCallIssue]
-    settings, target = settled(settings, target)
+    targets = tuple(_with_threads(each, settings.threads) for each in parse_targets(settings.target))
+    asked = leading(targets) if settings.remote is None else targets[0]
+    settings, target = settled(settings, asked)
+    targets = tuple(target if each == asked else each for each in targets)
     place = place_for(target, settings.remote)
     _check_place(settings, place)
     threads = getattr(target, "threads" if place.is_here else "thread_count", None) or os.cpu_count() or 1
     if settings.output is not None:
         check_output(settings.output, settings.overwrite)
-    settings = dataclasses.replace(settings, passes=str(pipeline), target=str(target), threads=threads)
-    return settings, pipeline, target, place
+    spec = ",".join(map(str, targets))
+    settings = dataclasses.replace(settings, passes=str(pipeline), target=spec, threads=threads)
+    return settings, pipeline, targets, target, place
+
+
+def _with_threads(target: Target, threads: int | None) -> Target:
+    if threads is None or not hasattr(target, "threads"):
+        return target
+    return dataclasses.replace(target, threads=threads)  # pyright: ignore[reportCallIssue]
 
 
 def _check_place(settings: Settings, place: Place) -> None:
@@ -303,6 +315,18 @@ def _measure_and_choose(
             _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
     raise TargetError(f"no candidate keeps the accuracy bound on {place.label}")
+
+
+def _make_libraries(
+    chosen: Candidate, targets: tuple[Target, ...], source: Source, compiler: Compiler, report: Report
+) -> list[Library]:
+    libraries = make_libraries(chosen, targets, compiler, _timing_feeds(compiler.data, source))
+    if len(targets) > 1:
+        report.libraries = tuple(library.record for library in libraries)
+        for record in report.libraries:
+            if not record.delivered:
+                report.warnings.append(f"no library for {record.target}: {record.status}: {record.reason}")
+    return [library for library in libraries if library.record.delivered]
 
 
 def _replaying(settings: Settings, chosen: Candidate) -> Settings:

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from graphopt.report import html_tables as tables
+from graphopt.report.formats import size
 from graphopt.report.front import front_plot, pareto
 from graphopt.report.html_latency import latency_plot
 from graphopt.report.html_layers import layer_errors
@@ -145,12 +146,21 @@ def _tuning(outcome: Outcome) -> Html | None:
     return section("Tuning", "tuning", shown) if shown else None
 
 
+def _library_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """With several targets: what each library is."""
+    return {
+        each["target"]: ", ".join(filter(None, (size(each["size_bytes"] or None), each["status"], each["reason"])))
+        for each in report.get("libraries") or ()
+    }
+
+
 def _conditions(outcome: Outcome) -> Html:
     report = outcome.report
     groups = (
         ("Input model", tables.model_facts(report["source"]) if report.get("source") else None),
         ("Settings", tables.facts(report.get("settings") or {}, "settings")),
         ("Target", tables.facts(report.get("target") or {}, "target")),
+        ("Libraries", tables.facts(_library_facts(report), "library")),
         ("Environment", tables.facts(report.get("environment") or {}, "environment")),
         ("Data", tables.data_facts(report)),
         ("Time of each stage", tables.seconds_bars(report.get("seconds") or {})),

@@ -182,6 +182,26 @@ class SearchRecord:
 
 
 @dataclass(frozen=True)
+class LibraryRecord:
+    """What was chosen, compiled for one of several targets."""
+
+    target: str
+    status: str
+    """chosen: the candidates were compared on it; measured: built, verified and measured; not run: built, but nothing
+    here runs it; unavailable, wrong, outside bound: not in the artifact."""
+    reason: str = ""
+    size_bytes: int = 0
+    latency: Mapping[str, Any] | None = None
+    instructions: int | None = None
+    where: str = ""
+    """The place that measured it."""
+
+    @property
+    def delivered(self) -> bool:
+        return self.status in ("chosen", "measured", "not run")
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which candidate the artifact carries, and why."""
 
@@ -213,6 +233,8 @@ class Report:
     search: SearchRecord | None = None
     """With the preset `auto`."""
     choice: Choice | None = None
+    libraries: tuple[LibraryRecord, ...] = ()
+    """With several targets: the libraries, in the order in which a processor tries them."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage."""

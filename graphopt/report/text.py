@@ -35,7 +35,10 @@ def to_text(report: Mapping[str, Any], details: bool = False) -> RenderableType:
         parts.append(skipped)
     searched = search_text(report)
     parts += [] if searched is None else [searched]
-    parts += [_candidates(report), *_conclusion(report)]
+    parts.append(_candidates(report))
+    if report.get("libraries"):
+        parts.append(_libraries(report))
+    parts += _conclusion(report)
     return Group(*parts)
 
 
@@ -146,6 +149,22 @@ def _candidates(report: Mapping[str, Any]) -> RenderableType:
             size(record["size_bytes"] or None),
             Text(note),
             style="bold green" if chosen else None,
+        )
+    return table
+
+
+def _libraries(report: Mapping[str, Any]) -> RenderableType:
+    table = Table(title="Libraries, in the order a processor tries them", title_justify="left", title_style="bold")
+    for heading in ("target", "median ms [95 %]", "instructions, emulated", "size", ""):
+        table.add_column(heading, justify="left" if heading in ("target", "") else "right", overflow="fold")
+    for record in report["libraries"]:
+        note = f"{record['status']}: {record['reason']}" if record["reason"] else record["status"]
+        table.add_row(
+            Text(record["target"]),
+            milliseconds(record["latency"]),
+            instructions(record["instructions"]),
+            size(record["size_bytes"] or None),
+            Text(note),
         )
     return table
 

@@ -24,7 +24,8 @@ Outputs = dict[str, np.ndarray]
 class Artifact:
     """A model ready to run: `artifact.run({"x": array}) -> {"y": array}`.
 
-    The engine is the one that measured fastest. A library compiled by TVM holds for one set of input shapes;
+    The engine is the one that measured fastest. Of several libraries the first is loaded whose every instruction this
+    processor has. A library compiled by TVM holds for one set of input shapes;
     calls with other shapes that the model allows (a larger batch, say) go to ONNX Runtime and `model.onnx`.
     """
 
@@ -33,14 +34,19 @@ class Artifact:
         self.manifest = manifest
         self.threads = threads
         self.engine: str = manifest["engine"]
+        self.target: str = str(manifest.get("target", ""))
+        """What the library was built for that runs here, where the artifact has several."""
         self._inputs = {i["name"]: i for i in manifest["signature"]["inputs"]}
         self._compiled_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
         self._compiled_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
         self._flexible_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
         if self.engine == "tvm":
-            from graphopt.runtime.compiled import open_compiled
+            from graphopt.runtime.compiled import open_first
 
-            self._compiled_run = open_compiled(folder / COMPILED, threads).run
+            folders = {folder / name: target for name, target in library_folders(manifest)}
+            chosen, engine = open_first(list(folders), threads)
+            self.target = folders[chosen]
+            self._compiled_run = engine.run
             self._compiled_shapes = tuple(
                 (name, tuple(shape), np.dtype(self._inputs[name]["dtype"]))
                 for name, shape in manifest["compiled_shapes"].items()

@@ -43,11 +43,7 @@ class TvmEngine:
     def __init__(self, folder: str | os.PathLike[str], threads: int | None = None):
         self.folder = Path(folder)
         description = read_description(self.folder)
-        _check_processor(description, self.folder)
-        # A description without "tiles" is of a time when only bfloat16 kernels used them.
-        older = description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]
-        if description.get("tiles", older):
-            amx_permission.require(str(self.folder))
+        check_processor(description, self.folder)
         library = self.folder / LIBRARY
         check_whole(library, description)
         self.threads = threads or available_processors()
@@ -258,7 +254,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _check_processor(description: Mapping[str, Any], folder: Path) -> None:
+def check_processor(description: Mapping[str, Any], folder: Path) -> None:
+    """Raises ArtifactError where a library needs instructions, or registers, that this processor or system lacks: code
+    that used them would end the process."""
     here = host_arch()
     if description["arch"] != here:
         raise ArtifactError(f"{folder} was built for {description['arch']}, this machine is {here}")
@@ -269,6 +267,10 @@ def _check_processor(description: Mapping[str, Any], folder: Path) -> None:
             "which this one lacks",
             hint="build it here, or with --target 'cpu{mcpu=x86-64-v3}'",
         )
+    # A description without "tiles" is of a time when only bfloat16 kernels used them.
+    older = description.get("precision") == "bfloat16" and "amx_bf16" in description["features"]
+    if description.get("tiles", older):
+        amx_permission.require(str(folder))
 
 
 def check_whole(library: Path, description: Mapping[str, Any]) -> None:

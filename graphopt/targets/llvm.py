@@ -87,9 +87,14 @@ class LlvmTarget(Target):
     def features(self) -> frozenset[str]:
         """The extensions that generated code may use, in /proc/cpuinfo's spelling."""
 
+    @property
+    def can_bfloat16(self) -> bool:
+        """Whether the processor has instructions for it."""
+        return bool(self.features & BFLOAT16_FEATURES)
+
     def check_precision(self) -> None:
         """Raises TargetError where the processor has no instructions for `precision`."""
-        if self.precision == "bfloat16" and not self.features & BFLOAT16_FEATURES:
+        if self.precision == "bfloat16" and not self.can_bfloat16:
             raise TargetError(
                 f"{self.llvm_cpu} has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FEATURES))})",
                 hint="use precision float32",
