@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,7 @@ def count_instructions(
     functions = _functions(folder / LIBRARY)
     with tempfile.TemporaryDirectory(prefix="graphopt-counted-") as name:
         work = Path(name)
-        listed = work / "inputs"
-        listed.write_text("".join(_written(spec, feeds, work, i) for i, spec in enumerate(description["inputs"])))
+        listed = write_inputs(description["inputs"], feeds, work)
         lines = (f"{part.address:x} {part.size:x} {number} {int(entry)}\n" for part, number, entry in functions.parts)
         (work / "functions").write_text("".join(lines))
         program = [counted_program(arch), folder / LIBRARY, listed, work / "output"]
@@ -211,15 +211,23 @@ def _functions(library: Path) -> _Functions:
     return found
 
 
-def _written(spec: Mapping, feeds: Mapping[str, np.ndarray], work: Path, index: int) -> str:
-    """An input's line for the program, and its numbers in a file."""
-    name, shape, dtype = str(spec["name"]), list(spec["shape"]), np.dtype(spec["dtype"])
-    array = feeds.get(name)
-    if array is None:
-        raise DataError(f"input {name!r} is missing")
-    if list(array.shape) != shape or array.dtype != dtype:
-        raise DataError(f"input {name!r} is {array.dtype}{list(array.shape)}, the model takes {dtype}{shape}")
-    file = work / f"input.{index}"
-    file.write_bytes(np.ascontiguousarray(array).tobytes())
-    numbers = [_TYPE_CODES[dtype.kind], dtype.itemsize * 8, len(shape), *shape]
-    return " ".join(map(str, [*numbers, file])) + "\n"
+def write_inputs(specs: Sequence[Mapping[str, Any]], feeds: Mapping[str, np.ndarray], work: Path) -> Path:
+    """The list of inputs that counted programs read, with the numbers in files beside it.
+
+    `specs` have a name, a shape and a dtype. Raises DataError: an input is missing or of another shape or type.
+    """
+    lines = []
+    for index, spec in enumerate(specs):
+        name, shape, dtype = str(spec["name"]), list(spec["shape"]), np.dtype(spec["dtype"])
+        array = feeds.get(name)
+        if array is None:
+            raise DataError(f"input {name!r} is missing")
+        if list(array.shape) != shape or array.dtype != dtype:
+            raise DataError(f"input {name!r} is {array.dtype}{list(array.shape)}, the model takes {dtype}{shape}")
+        file = work / f"input.{index}"
+        file.write_bytes(np.ascontiguousarray(array).tobytes())
+        numbers = [_TYPE_CODES[dtype.kind], dtype.itemsize * 8, len(shape), *shape]
+        lines.append(" ".join(map(str, [*numbers, file])) + "\n")
+    listed = work / "inputs"
+    listed.write_text("".join(lines))
+    return listed
