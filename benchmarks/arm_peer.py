@@ -72,14 +72,14 @@ class Peer:
             work = Path(name)
             listed = write_inputs(specs, feeds, work)
             program = [str(each) for each in (self.program, model.resolve(), listed, work / "output")]
-            (marking, _), (total, _) = run_counted(program, ARCH, core.qemu, work, system=self._system(core))
+            marking, inference = run_counted(program, ARCH, core.qemu, work, system=self._system(core))
             outputs = {
                 s.name: np.fromfile(work / f"output.{i}", s.dtype).reshape(
                     [-1 if isinstance(d, str) else d for d in s.shape]
                 )
                 for i, s in enumerate(signature.outputs)
             }
-        return total - marking, outputs
+        return inference.total - marking.total, outputs
 
     def _fetch(self, library: Path) -> None:
         """The wheel of the version that is installed here."""

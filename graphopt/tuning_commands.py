@@ -84,9 +84,18 @@ def tune(
     if format_ == "json":
         click.echo(json.dumps(found.to_dict()))
         return errors.EXIT_DONE
-    STDOUT.print(kernel_table(found.to_dict()))
     report = found.report
+    STDOUT.print(counted_table(found.to_dict()) if report.unit == "instructions" else kernel_table(found.to_dict()))
     early = "; time ran out before all searches had ended: run again to go on" if report.stopped_early else ""
+    if report.unit == "instructions":
+        total = sum(row["instructions"] * row["calls"] for row in report.rows)
+        STDOUT.print(
+            f"{total / 1e6:.2f} million instructions in kernels for a run of the model; {report.trials} rounds of "
+            f"candidates in {report.seconds:.1f} s"
+            + ("; time ran out before all had been tried" if report.stopped_early else ""),
+            soft_wrap=True,
+        )
+        return errors.EXIT_DONE
     STDOUT.print(
         f"{report.kernels_us / 1e3:.3f} ms in kernels for a run of the model; {report.from_database} of {report.tasks} "
         f"kernels were known, {report.trials} trials in {report.seconds:.1f} s{early}",
@@ -123,6 +132,30 @@ def kernel_table(report: Mapping[str, Any]) -> Table:
             "-" if time is None else f"{time:.1f}",
             "-" if time is None or not total else f"{100 * time * row['calls'] / total:.1f} %",
             "-" if row["gflops"] is None else f"{row['gflops']:.1f}",
+            "-" if share is None else f"{100 * share:.0f} %",
+            "known" if row["from_database"] else str(row["trials"]),
+        )
+    return table
+
+
+def counted_table(report: Mapping[str, Any]) -> Table:
+    """The same where instructions were counted in the emulator instead of times; "of peak" is in llvm-mca's model."""
+    table = Table()
+    for heading in ("kernel", "template", "decision"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("calls", "instructions", "share", "llvm-mca cycles", "of peak by llvm-mca", "trials"):
+        table.add_column(heading, justify="right", overflow="fold")
+    total = sum(row["instructions"] * row["calls"] for row in report["rows"])
+    for row in sorted(report["rows"], key=lambda r: -r["instructions"] * r["calls"]):
+        cycles, share = row["model_cycles"], row["share_of_peak"]
+        table.add_row(
+            Text(row["workload"]),
+            row["template"],
+            Text(_decision(row["decision"])),
+            str(row["calls"]),
+            str(row["instructions"]),
+            f"{100 * row['instructions'] * row['calls'] / max(total, 1):.1f} %",
+            "-" if cycles is None else str(cycles),
             "-" if share is None else f"{100 * share:.0f} %",
             "known" if row["from_database"] else str(row["trials"]),
         )

@@ -10,6 +10,7 @@
 // pair of marks:
 //   total INSTRUCTIONS
 //   call FUNCTION INSTRUCTIONS      for each call of a function, in order: what its own code executed
+//   block OFFSET INSTRUCTIONS TIMES  for each run of instructions of a function: where, how long, how often executed
 //
 // QEMU's plugin API is declared here as far as it is used, since Debian packages no header of it:
 // https://www.qemu.org/docs/master/devel/tcg-plugins.html. What is used is the same in all versions since 1 (QEMU 6.0);
@@ -50,7 +51,7 @@ typedef struct {
 
 // A run of instructions that are executed together.
 typedef struct {
-  uint64_t instructions;
+  uint64_t address, instructions, times;
   int function;  // -1: none that is listed
   int entry;
 } Block;
@@ -68,6 +69,8 @@ static unsigned int counted = ~0u;  // the thread
 static uint64_t total;
 static Call *calls;
 static size_t call_count, call_room;
+static Block **blocks;  // those of functions
+static size_t block_count, block_room;
 
 static void *grown(void *memory, size_t bytes) {
   void *found = realloc(memory, bytes);
@@ -95,9 +98,10 @@ static const Part *part_of(uint64_t address) {
 
 static void executed(unsigned int thread, void *data) {
   if (thread != counted) return;
-  const Block *block = data;
+  Block *block = data;
   total += block->instructions;
   if (block->function < 0) return;
+  ++block->times;
   if (block->entry || call_count == 0 || calls[call_count - 1].function != block->function) {
     if (call_count == call_room) {
       call_room = call_room ? 2 * call_room : 1024;
@@ -113,9 +117,18 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
   Block *block = grown(NULL, sizeof *block);  // QEMU may run the code it makes now for as long as it lives
   uint64_t address = qemu_plugin_tb_vaddr(tb);
   const Part *part = part_of(address);
+  block->address = address;
   block->instructions = qemu_plugin_tb_n_insns(tb);
+  block->times = 0;
   block->function = part ? part->number : -1;
   block->entry = part && part->entry && base + part->offset == address;
+  if (part != NULL) {
+    if (block_count == block_room) {
+      block_room = block_room ? 2 * block_room : 1024;
+      blocks = grown(blocks, block_room * sizeof *blocks);
+    }
+    blocks[block_count++] = block;
+  }
   qemu_plugin_register_vcpu_tb_exec_cb(tb, executed, NO_REGISTERS, block);
 }
 
@@ -128,12 +141,18 @@ static void marked(qemu_plugin_id_t id, unsigned int thread, int64_t number, uin
   } else if (what == 1) {
     total = 0;
     call_count = 0;
+    for (size_t i = 0; i < block_count; ++i) blocks[i]->times = 0;
     counted = thread;
   } else if (what == 0 && counted == thread) {
     counted = ~0u;
     fprintf(output, "total %" PRIu64 "\n", total);
     for (size_t i = 0; i < call_count; ++i) {
       fprintf(output, "call %d %" PRIu64 "\n", calls[i].function, calls[i].instructions);
+    }
+    for (size_t i = 0; i < block_count; ++i) {
+      if (blocks[i]->times == 0) continue;
+      fprintf(output, "block %" PRIx64 " %" PRIu64 " %" PRIu64 "\n", blocks[i]->address - base, blocks[i]->instructions,
+              blocks[i]->times);
     }
     fflush(output);
   }

@@ -8,6 +8,7 @@ instructions, or a hundred for one that waits for memory.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import importlib.util
 import os
@@ -25,7 +26,7 @@ import numpy as np
 
 from graphopt.errors import DataError, TargetError
 from graphopt.remote import emulator
-from graphopt.remote.elf_functions import read_functions
+from graphopt.remote.elf_functions import Function, read_functions
 from graphopt.remote.server_program import compiled
 from graphopt.runtime.tvm_engine import LIBRARY, read_description
 from graphopt.schedule_database import cache_folder
@@ -42,6 +43,17 @@ LIMIT_S = 1800.0
 
 
 @dataclass(frozen=True)
+class Block:
+    """A run of instructions of the library that are executed together."""
+
+    offset: int
+    """Bytes behind where the library is loaded."""
+    instructions: int
+    times: int
+    """How often it was executed."""
+
+
+@dataclass(frozen=True)
 class InstructionCounts:
     """Of one inference, on one thread."""
 
@@ -51,6 +63,8 @@ class InstructionCounts:
     libraries (memcpy, expf) is in `total` only."""
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
     """What the counted inference computed."""
+    blocks: Mapping[str, tuple[Block, ...]] = field(default_factory=dict, compare=False)
+    """By kernel, what its instructions are: their sum is that of its calls."""
 
     @property
     def by_kernel(self) -> dict[str, int]:
@@ -84,18 +98,28 @@ def count_instructions(
         lines = (f"{part.address:x} {part.size:x} {number} {int(entry)}\n" for part, number, entry in functions.parts)
         (work / "functions").write_text("".join(lines))
         program = [counted_program(arch), folder / LIBRARY, listed, work / "output"]
-        blocks = run_counted(
+        spans = run_counted(
             [str(each) for each in program], arch, cpu, work, functions=work / "functions", limit_s=limit_s
         )
-        if len(blocks) != 2:
-            raise TargetError(f"{folder} was not counted on an emulated {cpu}: {len(blocks)} of 2 marks were seen")
-        (marking, _), (total, calls) = blocks
+        if len(spans) != 2:
+            raise TargetError(f"{folder} was not counted on an emulated {cpu}: {len(spans)} of 2 marks were seen")
+        marking, inference = spans
         outputs = {
             str(spec["name"]): np.fromfile(work / f"output.{i}", spec["dtype"]).reshape(spec["shape"])
             for i, spec in enumerate(description["outputs"])
         }
-    named = tuple((functions.names[number], instructions) for number, instructions in calls)
-    return InstructionCounts(total - marking, named, outputs)
+    calls = tuple((functions.names[number], instructions) for number, instructions in inference.calls)
+    return InstructionCounts(inference.total - marking.total, calls, outputs, functions.by_kernel(inference.blocks))
+
+
+@dataclass
+class Span:
+    """What was counted between two marks."""
+
+    total: int
+    calls: list[tuple[int, int]] = field(default_factory=list)
+    """Of the listed functions: number, and instructions."""
+    blocks: list[Block] = field(default_factory=list)
 
 
 def run_counted(
@@ -108,9 +132,11 @@ def run_counted(
     environment: Mapping[str, str] | None = None,
     system: Path | None = None,
     limit_s: float = LIMIT_S,
-) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Run a program for `arch` in QEMU with the counter: for each pair of marks the total, and the calls of the listed
-    functions. `system`: the folder with the C library, where it is not the usual one.
+) -> list[Span]:
+    """Run a program for `arch` in QEMU with the counter; a span for each pair of marks.
+
+    `functions`: a list of them, as the counter reads it. `system`: the folder with the C library, where it is not the
+    usual one.
 
     Raises TargetError: QEMU, its plugins, a C library or a compiler is missing, or the program fails.
     """
@@ -132,13 +158,20 @@ def run_counted(
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise TargetError(f"the emulated {cpu} stopped: {said[-1][:200] if said else f'code {done.returncode}'}")
-    blocks: list[tuple[int, list[tuple[int, int]]]] = []
-    for word, *numbers in map(str.split, output.read_text().splitlines()):
+    return _read(output.read_text())
+
+
+def _read(text: str) -> list[Span]:
+    """The counter's output."""
+    spans: list[Span] = []
+    for word, *numbers in map(str.split, text.splitlines()):
         if word == "total":
-            blocks.append((int(numbers[0]), []))
+            spans.append(Span(int(numbers[0])))
+        elif word == "call":
+            spans[-1].calls.append((int(numbers[0]), int(numbers[1])))
         else:
-            blocks[-1][1].append((int(numbers[0]), int(numbers[1])))
-    return blocks
+            spans[-1].blocks.append(Block(int(numbers[0], 16), int(numbers[1]), int(numbers[2])))
+    return spans
 
 
 def find_counting_emulator(arch: str) -> str:
@@ -195,7 +228,15 @@ class _Functions:
     """Kernels by number; the parts of their code, each with its kernel's number and whether a call enters there."""
 
     names: list[str]
-    parts: list[tuple]
+    parts: list[tuple[Function, int, bool]]
+
+    def by_kernel(self, blocks: Sequence[Block]) -> dict[str, tuple[Block, ...]]:
+        found: dict[str, list[Block]] = {}
+        starts = [part.address for part, _, _ in self.parts]
+        for block in blocks:
+            _, number, _ = self.parts[bisect.bisect_right(starts, block.offset) - 1]
+            found.setdefault(self.names[number], []).append(block)
+        return {name: tuple(each) for name, each in found.items()}
 
 
 def _functions(library: Path) -> _Functions:

@@ -39,6 +39,9 @@ class TuningReport:
     """Devices that were lost in a trial: which, when and why. Their trials were repeated on others."""
     peaks: Mapping[str, float] = field(default_factory=dict)
     """By kind, GFLOP/s (GOP/s of bytes) that one core of this machine reached; empty where nothing was timed."""
+    unit: str = "microseconds"
+    """What candidates were chosen by; "instructions" where the processor is not at hand: rows then have `instructions`
+    of a call, as counted in the emulator, and `model_cycles` and `share_of_peak` by llvm-mca."""
 
     @property
     def kernels_us(self) -> float:

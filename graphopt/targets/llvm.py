@@ -178,17 +178,21 @@ class LlvmTarget(Target):
     ) -> TuningReport:
         """Search each kernel's space within `seconds`; kernels in `database` need no search.
 
-        Raises TargetError when the target is not this machine's processor and there are no `devices`: then nothing can
-        be measured; DeviceError when all `devices` are lost. With `seconds` 0 the templates' first decisions stand.
+        For another kind of processor than this machine's, and without `devices`, candidates are counted in the emulator
+        instead of timed (`counted_search`); where there is none, the templates' first decisions stand, as they do with
+        `seconds` 0. Raises TargetError where this processor is of the target's kind, but lacks its instructions;
+        DeviceError when all `devices` are lost.
         """
         from graphopt.remote.farm import RemoteDevices
         from graphopt.targets.tuning import peak
         from graphopt.targets.tuning.search import Search
 
         elsewhere = cast(RemoteDevices | None, devices)
+        lowered = cast(LoweredModel, lowered)
+        if seconds > 0 and elsewhere is None and not self.runs_here:
+            return self._tune_by_counting(lowered, seconds, Path(database), seed, progress)
         if seconds > 0 and elsewhere is None and not self.features <= capabilities.host_features():
             raise TargetError(f"{self} cannot be tuned here: this processor lacks its instructions", hint="tune there")
-        lowered = cast(LoweredModel, lowered)
         if seconds > 0 and lowered.tiles and elsewhere is None:
             amx_permission.require(f"a kernel for {self}")
         search = Search(
@@ -196,6 +200,20 @@ class LlvmTarget(Target):
         )
         report = search.run(seconds)
         return peak.with_shares(report, self) if seconds > 0 and elsewhere is None else report
+
+    def _tune_by_counting(
+        self, lowered: LoweredModel, seconds: float, database: Path, seed: int, progress: Progress
+    ) -> TuningReport:
+        from graphopt.remote.instructions import find_counting_emulator
+        from graphopt.targets.tuning.counted_search import CountedSearch
+        from graphopt.targets.tuning.search import Search
+
+        try:
+            find_counting_emulator(self.arch)
+        except TargetError as error:
+            progress.note(f"not tuned: {error}")
+            return Search(lowered, self, database, seed, progress).run(0)
+        return CountedSearch(lowered, self, database, seed, progress).run(seconds)
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""

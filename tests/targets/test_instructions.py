@@ -64,6 +64,9 @@ def test_counts_are_right_and_the_same_every_time(built):
     assert first.calls == second.calls  # kernels do the same whatever the addresses
     assert 0 < sum(first.by_kernel.values()) <= first.total
     (kernel, *_) = first.by_kernel
+    for name, blocks in first.blocks.items():  # the same instructions, by place
+        assert sum(block.instructions * block.times for block in blocks) == first.by_kernel[name]
+    assert first.blocks.keys() == first.by_kernel.keys()
     assert "conv2d" in kernel
     # A vector instruction makes LANES products, and none needs more than a load of each operand beside it.
     assert macs / LANES <= first.by_kernel[kernel] <= 3 * macs / LANES
