@@ -120,7 +120,7 @@ class Compiler:
         lowered = target.lower(specialise(model, self.data.samples[0]))
         tuning = target.tune(
             lowered,
-            seconds=tune_seconds if self.place.unit == "seconds" else 0.0,
+            seconds=tune_seconds,
             database=database_path(),
             seed=self.settings.seed,
             progress=self.progress,
