@@ -1,4 +1,4 @@
-"""Layers that multiply bytes on ARM, by SDOT and by SMLAL, emulated: sums bit for bit."""
+"""Layers that multiply bytes on ARM, by SDOT, SMMLA and SMLAL, emulated: sums bit for bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules import dot
 from graphopt.targets.schedules.workload import Workload
 from tests.targets.arm_folders import build
+from tests.targets.int4_models import int4_product
 from tests.targets.integer_models import integer_conv, integer_reference, network, quantized_conv, residual_network
 from tests.targets.oracle import compiled, model, node, reference
 
-CORES = {"cortex-a72": "cortex-a72", "cortex-a76": "cortex-a76"}
+CORES = {"cortex-a72": "cortex-a72", "cortex-a76": "cortex-a76", "neoverse-n2": "max,sve-default-vector-length=16"}
 """One for each way to multiply, and QEMU's name of it."""
 CASES = settings(
     max_examples=12, deadline=None,
@@ -117,6 +118,15 @@ def test_bytes_are_those_of_this_processor(core, activation, device, tmp_path):
         np.testing.assert_array_equal(found[name], here[name], err_msg=name)
     for name in ("xq", "r1q", "r2q"):
         assert np.abs(found[name].astype(int) - wanted[name]).max() <= 1, name
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("is_bytes", [True, False])
+def test_weights_of_four_bits_are_unpacked_in_registers(core, symmetric, is_bytes, device, tmp_path):
+    made, feeds, wanted, bound = int4_product(symmetric, is_bytes, 3, 96, 20, 16)
+    assert any("int4" in name for name in pipeline.prim_funcs(Arm(mcpu=core).lower(made).module))
+    np.testing.assert_allclose(run(made, feeds, core, device, tmp_path)["y"], wanted, atol=bound, rtol=0)
 
 
 def test_which_way_is_taken():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -12,19 +10,9 @@ from graphopt.errors import UnsupportedOperatorError
 from graphopt.targets import schedules
 from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules.workload import Workload
+from tests.targets.int4_models import built, int4_product
 from tests.targets.integer_models import runnable
 from tests.targets.oracle import EPSILON, TARGET, compiled, reference, uniform
-
-
-def built(nodes, x: np.ndarray, columns: int, constants: dict[str, onnx.TensorProto]) -> ir.Model:
-    graph = helper.make_graph(
-        nodes, "blocks",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (*x.shape[:-1], columns))],
-        list(constants.values()),
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
 @pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8])
@@ -94,31 +82,8 @@ def test_groups_by_index_are_refused_by_name():
 def test_weights_are_unpacked_in_registers(mcpu, symmetric, is_bytes, rows, depth, columns, block):
     """Nibbles times bytes, and times floats: every way to multiply, against float64."""
     target = runnable(mcpu)
-    rng = np.random.default_rng(5)
-    shape = (depth // block, columns)
-    integers = rng.integers(-8, 8, (depth, columns))
-    scales = rng.uniform(0.01, 0.1, shape).astype(np.float32)
-    points = np.zeros(shape, int) if symmetric else rng.integers(-8, 8, shape)
-    constants = {
-        "w": helper.make_tensor("w", TensorProto.INT4, integers.shape, integers.ravel()),
-        "ws": numpy_helper.from_array(scales, "ws"),
-        "wz": helper.make_tensor("wz", TensorProto.INT4, shape, points.ravel()),
-    }
-    weight = (integers - np.repeat(points, block, 0)) * np.repeat(scales.astype(np.float64), block, 0)
-    nodes = [helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0, block_size=block)]
-    x = uniform(6, rows, depth)
-    real = x.astype(np.float64)
-    source = "x"
-    if is_bytes:
-        constants |= {"s": numpy_helper.from_array(np.array(0.01, np.float32), "s"),
-                      "z": numpy_helper.from_array(np.array(119, np.uint8), "z")}  # fmt: skip
-        nodes += [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-                  helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"])]  # fmt: skip
-        stored = np.clip(np.rint(x / np.float32(0.01)) + 119, 0, 255)
-        real, source = (stored - 119) * np.float64(np.float32(0.01)), "d"
-    made = built([*nodes, helper.make_node("MatMul", [source, "wd"], ["y"])], x, columns, constants)
+    made, feeds, wanted, bound = int4_product(symmetric, is_bytes, rows, depth, columns, block)
     func = next(f for n, f in pipeline.prim_funcs(target.lower(made).module).items() if "int4" in n)
     choices = schedules.choices(Workload(func.with_attr("global_symbol", "main"), target.machine()))
     assert {choice.template for choice in choices} == {"matmul_int4"}
-    bound = depth * EPSILON * (np.abs(real) @ np.abs(weight)).max() + 1e-6
-    np.testing.assert_allclose(compiled(made, {"x": x}, target)["y"], real @ weight, atol=bound, rtol=0)
+    np.testing.assert_allclose(compiled(made, feeds, target)["y"], wanted, atol=bound, rtol=0)

@@ -278,8 +278,15 @@ class ConvolutionLoops:
             end = tirx.IfThenElse(place.panel == plan.panels - 1, end, wait)
         if not rows.taps or not columns.taps:
             return sequence([tirx.AllocBuffer(sums), begin, end])
-        steps = self._accumulation(place, rows, columns, outs, plan, sums, cell)
-        return sequence([tirx.AllocBuffer(sums), begin, steps, end])
+        return sequence(
+            [tirx.AllocBuffer(sums), self._summed(place, rows, columns, outs, plan, sums, cell, begin), end]
+        )
+
+    def _summed(
+        self, place: _Place, rows: Run, columns: Run, outs: int, plan: _Plan, sums, cell: Callable[..., Any], begin: Any
+    ) -> Any:
+        """Begin, and add every product of the panel."""
+        return sequence([begin, self._accumulation(place, rows, columns, outs, plan, sums, cell)])
 
     def _accumulation(
         self, place: _Place, rows: Run, columns: Run, outs: int, plan: _Plan, sums, cell: Callable[..., Any]

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphopt.targets.relax import own_operators
 from graphopt.targets.relax.block_weights import BLOCK, NAME, STEP, ZERO
+from graphopt.targets.relax.computes import BYTES
 from graphopt.targets.relax.integer_computes import QUAD
 from graphopt.targets.schedules import dot, prefetch
 from graphopt.targets.schedules.epilogue import epilogue_of
@@ -55,7 +57,11 @@ def match(workload: Workload) -> list[Decision] | None:
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
     """The function written anew."""
-    return Kernel(workload.func.with_body(rooted(_Writer(workload, decision).body())))
+    writer = _Writer(workload, decision)
+    body = rooted(writer.body())
+    if writer.is_bytes and writer.way in dot.DEFINITIONS:
+        body = own_operators.importing(body, [dot.DEFINITIONS[writer.way]])
+    return Kernel(workload.func.with_body(body))
 
 
 class _Writer:
@@ -69,7 +75,7 @@ class _Writer:
         self.inputs = int(block.annotations[BLOCK])
         self.outs, self.ahead = decision["outs"], decision["ahead"]
         self.data, self.weight, self.scales, self.points = list(workload.func.params)[:4]
-        self.is_bytes = str(self.data.ty.dtype) == "uint8"
+        self.is_bytes = str(self.data.ty.dtype) in BYTES
         way = dot.best_way(workload.machine)
         assert way is not None
         self.way: dot.Way = way
@@ -154,7 +160,7 @@ class _Writer:
         for half, nibbles in enumerate((words & low, (words >> four) & low)):
             quad = dot.quad_at(self.data, (m,), tirx.floordiv(place, QUAD) + half)
             vector = tirx.reinterpret(f"int8x{width}", nibbles)
-            total = dot.products(self.way, self.lanes, self.parts[at], quad, [vector])
+            total = dot.small_products(self.way, self.lanes, self.parts[at], quad, vector)
             found.append(tirx.BufferStore(self.parts, total, [at]))
         return found
 
