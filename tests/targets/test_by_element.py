@@ -135,7 +135,7 @@ def test_first_guesses_fit_the_registers(core):
     machine = Arm(mcpu=core).machine()
     assert by_element.has(machine) and machine.registers == 32
     for outs in range(1, 7):
-        positions = by_element.most_positions(machine, outs)
+        positions = by_element.most_positions(outs)
         assert positions * (outs + 1) + by_element.SPARE <= machine.registers
         assert (positions + 1) * (outs + 1) + by_element.SPARE > machine.registers
     x = uniform(1, 1, 32, 14, 14)

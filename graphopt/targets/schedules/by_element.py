@@ -19,6 +19,7 @@ from graphopt.targets.schedules.workload import Machine
 
 LANES = 4
 """float32 elements of a NEON register."""
+REGISTERS = 32
 STEP_INSTRUCTIONS = 4
 """Two addresses, a comparison, a branch."""
 SPARE = 2
@@ -27,24 +28,19 @@ SPARE = 2
 
 def has(machine: Machine) -> bool:
     """Whether the machine multiplies by an element."""
-    return "asimd" in machine.features and machine.lanes == LANES
+    return "asimd" in machine.features and (machine.lanes, machine.registers) == (LANES, REGISTERS)
 
 
-def fits(machine: Machine, positions: int, outs: int) -> bool:
-    """Whether a tile's sums, numbers and weights are in registers together."""
-    return positions * (outs + 1) + SPARE <= machine.registers
-
-
-def most_positions(machine: Machine, outs: int) -> int:
-    """The largest tile of `outs` vectors that fits; 0 where there is none."""
-    return (machine.registers - SPARE) // (outs + 1)
+def most_positions(outs: int) -> int:
+    """The largest tile of `outs` vectors whose sums, numbers and weights fit the registers; 0 where there is none."""
+    return (REGISTERS - SPARE) // (outs + 1)
 
 
 def instructions(positions: int, outs: int, contiguous: bool) -> float:
     """Of one step: LANES numbers of each position, times `outs` vectors of weights for each number. `contiguous`: the
     positions lie side by side."""
     pairs = (positions + 1) // 2 if contiguous else positions
-    crowded = positions * (outs + 1) + SPARE == 32  # the weights then come one by one
+    crowded = positions * (outs + 1) + SPARE == REGISTERS  # the weights then come one by one
     return LANES * positions * outs + LANES * outs * (1 if crowded else 0.5) + pairs + STEP_INSTRUCTIONS
 
 

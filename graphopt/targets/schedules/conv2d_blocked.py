@@ -111,7 +111,7 @@ def _tiles(
         if fitting is not None:
             most = fitting(outs * vectors)
         elif elements:
-            most = by_element.most_positions(workload.machine, outs * vectors)
+            most = by_element.most_positions(outs * vectors)
         elif window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1
         else:  # the compiler unrolls kw after all, and neighbouring outputs share scalars

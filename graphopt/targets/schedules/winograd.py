@@ -204,7 +204,7 @@ def _rows(chunk: int, vectors: int, machine: Any, elements: bool) -> int:
     folded = vectors == 1 and machine.lanes == 16
     most = budget - 4 if folded else max((budget - vectors) // (vectors + 1), 1)
     if elements:
-        most = by_element.most_positions(machine, vectors)
+        most = by_element.most_positions(vectors)
     return min(range(1, min(most, chunk) + 1), key=lambda rows: _multiply_cycles(chunk, rows, vectors, 64, elements))
 
 
