@@ -75,6 +75,39 @@ def test_convolutions(channels, outs, batch, size, kernel, strides, dilations, p
 
 @CASES
 @given(
+    channels=st.integers(1, 3),
+    outs=st.sampled_from([8, 12, 20]),
+    size=st.tuples(st.integers(5, 12), st.integers(5, 14)),
+    kernel=st.sampled_from([(3, 3), (2, 4), (5, 5), (1, 7), (3, 2)]),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    pads=st.tuples(*[st.integers(0, 2)] * 4),
+    pick=st.integers(0, 23),
+)
+def test_pictures_in_planes(channels, outs, size, kernel, strides, pads, pick):
+    assume(all(size[a] + pads[a] + pads[a + 2] >= kernel[a] for a in range(2)))
+    x = uniform(1, 1, channels, *size)
+    nodes = [node("Conv", ["x", "w", "b"], ["y"], kernel_shape=kernel, strides=strides, pads=pads)]
+    made = model(nodes, {"x": x}, ["y"], {"w": uniform(2, outs, channels, *kernel), "b": uniform(3, outs)})
+    name, workload = workload_of(made, "conv2d")
+    space = conv2d_blocked.match(workload)
+    assume(space)
+    assert space is not None
+    decision = space[pick % len(space)]
+    found = compiled(made, {"x": x}, AS_ON_ARM, {name: (conv2d_blocked.NAME, decision)})
+    close(found, reference(made, {"x": x}), sum_tolerance(channels * kernel[0] * kernel[1]))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "outs"), [(3, 1, 4), (3, 2, 4), (7, 2, 3), (5, 1, 2), (2, 3, 1)])
+def test_tiles_of_planes_fit_the_registers(kernel, stride, outs):
+    def used(positions: int) -> int:
+        return positions * outs + -(-((positions - 1) * stride + kernel) // by_element.LANES) + by_element.SPARE
+
+    most = by_element.most_positions_in_planes(outs, stride, kernel)
+    assert used(most) <= by_element.REGISTERS < used(most + 1)
+
+
+@CASES
+@given(
     groups=st.sampled_from([2, 3]), ins=st.sampled_from([4, 8]), outs=st.sampled_from([4, 12]), stride=st.integers(1, 2)
 )
 def test_groups(groups, ins, outs, stride):

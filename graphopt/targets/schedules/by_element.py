@@ -44,6 +44,20 @@ def instructions(positions: int, outs: int, contiguous: bool) -> float:
     return LANES * positions * outs + LANES * outs * (1 if crowded else 0.5) + pairs + STEP_INSTRUCTIONS
 
 
+def most_positions_in_planes(outs: int, stride: int, kernel: int) -> int:
+    """The same where neighbouring positions, `stride` apart, read numbers of one row."""
+
+    def needed(positions: int) -> int:
+        return positions * outs + -(-((positions - 1) * stride + kernel) // LANES) + SPARE
+
+    return max((p for p in range(1, REGISTERS) if needed(p) <= REGISTERS), default=0)
+
+
+def plane_instructions(positions: int, outs: int, reach: int, taps: int) -> float:
+    """Of one tap of `taps` that share `reach` numbers of a row."""
+    return positions * outs + 0.5 * outs + (-(-reach // LANES) + STEP_INSTRUCTIONS) / taps
+
+
 def spread(vector: Any, element: int) -> Any:
     """An expression: one element of a vector of LANES in all lanes; LLVM makes it an operand of the multiplication."""
     from tvm import tirx

@@ -112,6 +112,9 @@ def _tiles(
             most = fitting(outs * vectors)
         elif elements:
             most = by_element.most_positions(outs * vectors)
+            if window.in_lanes == 1:
+                columns = window.columns
+                most = by_element.most_positions_in_planes(outs * vectors, columns.stride, columns.kernel)
         elif window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1
         else:  # the compiler unrolls kw after all, and neighbouring outputs share scalars
@@ -189,6 +192,11 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
                             miss = arithmetic * FMA_PER_CYCLE / (positions * out.size * vectors)
                             contiguous = window.columns.stride == window.rows.stride == 1
                             step = miss * by_element.instructions(positions, out.size * vectors, contiguous) / elements
+                            if window.in_lanes == 1:
+                                reach = (len(b.outputs) - 1) * window.columns.stride + b.count
+                                step = miss * by_element.plane_instructions(
+                                    positions, out.size * vectors, reach, b.count
+                                )
                         cycles += a.count * b.count * step * window.in_blocks * window.in_lanes
                 cycles += 2 * accumulators * (panels + 1) + 20 * panels
                 total += cycles * row.count * column.count * out.count

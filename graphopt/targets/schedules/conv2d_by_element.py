@@ -5,13 +5,15 @@ the order in which tiles read it, [tile of outputs][panel][kh][kw][in-block][in-
 stretch of memory, in pairs of vectors. Since weights of one tile follow those of another in a single stream, which
 hardware sees by itself, nothing is requested ahead.
 
+A picture comes in planes: there the numbers that a tile reads of a row are loaded four at a time, once for all taps.
+
 Loop order of a tile: kh, kw, in-block / in-lane, outputs, positions; the last three are unrolled. In-blocks are
 innermost because there are many: a short loop would be unrolled, and its loads kept over it and spilled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,14 +22,21 @@ import numpy as np
 from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Step, Tap, Window
 from graphopt.targets.schedules.loops import loop, loop_from, sequence
-from graphopt.targets.schedules.register_tiles import Run
+from graphopt.targets.schedules.register_tiles import Run, Taps
 from graphopt.targets.schedules.workload import Kernel, Machine, Workload
 
 
 def applies(window: Window, machine: Machine) -> bool:
-    """Whether this machine multiplies by an element, and blocks of channels are such vectors."""
+    """Whether this machine multiplies by an element, and there are vectors of numbers: blocks of channels, or rows of a
+    plane."""
     lanes = by_element.LANES
-    return by_element.has(machine) and window.in_lanes % lanes == 0 and window.out_lanes % lanes == 0
+    whole = window.in_lanes % lanes == 0
+    return by_element.has(machine) and (whole or in_planes(window)) and window.out_lanes % lanes == 0
+
+
+def in_planes(window: Window) -> bool:
+    """Whether the input is planes, as pictures come, and neighbouring outputs read neighbouring numbers."""
+    return window.in_lanes == 1 and window.columns.dilation == 1 and window.columns.kernel > 1 and not window.flipped
 
 
 def reads_constants(workload: Workload, block) -> bool:
@@ -69,6 +78,8 @@ class ByElementLoops(ConvolutionLoops):
         first = (place.group * window.out_blocks + place.out) * (window.taps * window.out_lanes)
         taps = window.rows.kernel * window.columns.kernel
         first = first + place.panel * (plan.panel * taps * window.in_lanes * width)
+        if window.in_lanes == 1:
+            return self._in_planes(place, rows, columns, outs, plan, first, sums, cell)
 
         def at_tap(a: Tap, b: Tap) -> Any:
             tap = a.tap * window.columns.kernel + b.tap
@@ -80,50 +91,100 @@ class ByElementLoops(ConvolutionLoops):
 
             return loop("ico", plan.panel, at_block)
 
+        def at_taps(a: Tap, b: Taps) -> Any:
+            return loop("kw", b.count, lambda j: at_tap(a, Tap(b.first + j, b.outputs)))
+
+        return self._over_taps(place, rows, columns, at_taps)
+
+    def _over_taps(self, place, rows: Run, columns: Run, at: Callable[[Tap, Taps], Any]) -> Any:
+        """Loops over the window's rows, and what is `at` each of them for each run of taps along the columns."""
         statements = []
         for a in rows.taps:
             for b in columns.taps:
 
                 def at_kh(i, a=a, b=b) -> Any:
-                    return loop(
-                        "kw", b.count, lambda j: at_tap(Tap(a.first + i, a.outputs), Tap(b.first + j, b.outputs))
-                    )
+                    return at(Tap(a.first + i, a.outputs), b)
 
                 if rows.is_clipped:
-                    begin, count = window.rows.clipped(place.row)
+                    begin, count = self.window.rows.clipped(place.row)
                     statements.append(loop_from("kh", begin, count, at_kh))
                 else:
                     statements.append(loop("kh", a.count, at_kh))
         return sequence(statements)
 
-    def _step(self, step: Step, start: Any, width: int, sums, cell: Callable[..., Any]) -> Any:
-        """Add the products of one tap and one block of input channels; `start`: the first weight."""
+    def _in_planes(self, place, rows: Run, columns: Run, outs: int, plan, first, sums, cell: Callable[..., Any]) -> Any:
+        """The same for planes: all numbers that a tile reads of a row are loaded once for all taps along it."""
+        window, width = self.window, outs * self.window.out_lanes
+        axis = window.columns
+
+        def at(a: Tap, b: Taps) -> Any:
+            count = (b.outputs[-1] - b.outputs[0]) * axis.stride + b.count
+
+            def at_plane(ico) -> Any:
+                statements: list[Any] = []
+                step = Step(place, a, Tap(b.first, b.outputs), outs, place.panel * plan.panel + ico, 0)
+                numbers = {row: self._numbers(statements, step, row, count) for row in a.outputs}
+                for k in range(b.count):
+                    tap = a.tap * axis.kernel + b.first + k
+                    start = first + (tap * plan.panel + ico) * width
+                    found = {
+                        (row, column): numbers[row][(column - b.outputs[0]) * axis.stride + k]
+                        for row in a.outputs
+                        for column in b.outputs
+                    }
+                    self._add(statements, found, outs, start, sums, cell)
+                return sequence(statements)
+
+            return loop("ico", plan.panel, at_plane)
+
+        return self._over_taps(place, rows, columns, at)
+
+    def _numbers(self, statements: list[Any], step: Step, row: int, count: int) -> list[Any]:
+        """`count` neighbouring numbers of a plane, each in all lanes, from the first that a tile's row reads on. None
+        beyond is read: the last vector overlaps the one before it."""
         from tvm import tirx
 
         lanes = by_element.LANES
+        *front, position, lane = self._read(step, row, step.columns.outputs[0])
+        if count < lanes:
+            wide: Any = lanes
+            return [tirx.Broadcast(self.data[(*front, position + i, lane)], wide) for i in range(count)]
+        starts = [*range(0, count - lanes + 1, lanes), *([count - lanes] if count % lanes else [])]
+        held = [_held(statements, self.data, (*front, position + start, 0)) for start in starts]
+        return [by_element.spread(held[i // lanes], i - starts[i // lanes]) for i in range(count)]
+
+    def _step(self, step: Step, start: Any, width: int, sums, cell: Callable[..., Any]) -> Any:
+        """Add the products of one tap and one block of input channels; `start`: the first weight."""
         statements: list[Any] = []
-
-        def held(buffer, at: Sequence[Any]) -> Any:
-            variable = tirx.Var("held", f"float32x{lanes}")
-            statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], _ramp(at[-1])])))
-            return variable
-
-        for part in range(self.window.in_lanes // lanes):
-            numbers = {
-                (row, column): held(self.data, (*self._read(step, row, column)[:-1], part * lanes))
-                for row in step.rows.outputs
-                for column in step.columns.outputs
-            }
-            for element in range(lanes):
-                for out in range(step.outs):
-                    for vector in range(self.vectors):
-                        at = ((part * lanes + element) * step.outs + out) * self.vectors + vector
-                        weight = held(self.packed, [start + at * lanes])
-                        for (row, column), number in numbers.items():
-                            place = _ramp(cell(out, row, column, vector, 0))
-                            term = by_element.spread(number, element) * weight
-                            statements.append(tirx.BufferStore(sums, sums[place] + term, [place]))
+        positions = [(row, column) for row in step.rows.outputs for column in step.columns.outputs]
+        for first in range(0, self.window.in_lanes, by_element.LANES):
+            numbers = {at: _held(statements, self.data, (*self._read(step, *at)[:-1], first)) for at in positions}
+            for element in range(by_element.LANES):
+                found = {at: by_element.spread(vector, element) for at, vector in numbers.items()}
+                self._add(statements, found, step.outs, start + (first + element) * width, sums, cell)
         return sequence(statements)
+
+    def _add(
+        self, statements: list[Any], numbers: Mapping[tuple[int, int], Any], outs: int, start: Any, sums, cell: Any
+    ) -> None:
+        """Add the products of a number for each position with the weights from `start` on."""
+        from tvm import tirx
+
+        for out in range(outs):
+            for vector in range(self.vectors):
+                weight = _held(statements, self.packed, [start + (out * self.vectors + vector) * by_element.LANES])
+                for position, number in numbers.items():
+                    to = _ramp(cell(out, *position, vector, 0))
+                    statements.append(tirx.BufferStore(sums, sums[to] + number * weight, [to]))
+
+
+def _held(statements: list[Any], buffer, at: Sequence[Any]) -> Any:
+    """A variable with the vector of `buffer` that begins at `at`."""
+    from tvm import tirx
+
+    variable = tirx.Var("held", f"float32x{by_element.LANES}")
+    statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], _ramp(at[-1])])))
+    return variable
 
 
 def _ramp(first: Any) -> Any:
