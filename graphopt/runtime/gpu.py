@@ -9,11 +9,9 @@ from pathlib import Path
 
 REMEDY = "build here and run on a machine with an NVIDIA GPU and its driver"
 RUNTIME = "libcudart.so.13"
-USUAL_MULTIPROCESSORS = 84
-"""Where no device says how many."""
 _NAME_BYTES = 256
-_MAJOR, _MINOR = 75, 76
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT."""
 
 
 @lru_cache(maxsize=1)
@@ -75,10 +73,17 @@ def architecture() -> str | None:
     return None if isinstance(driver, str) else _architecture(driver, 0)
 
 
+def multiprocessors() -> int | None:
+    """Of the first GPU; None where there is none."""
+    driver = _driver()
+    return None if isinstance(driver, str) else _attribute(driver, _MULTIPROCESSORS, 0)
+
+
 def _architecture(driver: ctypes.CDLL, index: int) -> str:
-    numbers = []
-    for attribute in (_MAJOR, _MINOR):
-        value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, index)
-        numbers.append(value.value)
-    return "sm_{}{}".format(*numbers)
+    return f"sm_{_attribute(driver, _MAJOR, index)}{_attribute(driver, _MINOR, index)}"
+
+
+def _attribute(driver: ctypes.CDLL, which: int, index: int) -> int:
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, index)
+    return value.value

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -34,6 +33,12 @@ NEEDS = {"float16": "tensor_fp16", "bfloat16": "tensor_bf16"}
 """By precision: what an architecture must have."""
 USUAL_ARCH = "sm_80"
 """Where neither an architecture nor a device is named and there is no GPU to ask."""
+
+
+USUAL_MULTIPROCESSORS = 84
+"""Where no device says how many."""
+ATTEMPTS = 3
+"""Compilations at most, where kernels spill and have other decisions."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ class Cuda(Target):
     @property
     def runs_here(self) -> bool:
         return self.host_arch == capabilities.host_arch() and gpu.missing() is None
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of the device; of this machine's GPU where it has the architecture; else a usual number."""
+        if self.device:
+            return find_gpu(self.device).multiprocessors
+        here = gpu.multiprocessors() if gpu.architecture() == self.gpu_arch else None
+        return here or USUAL_MULTIPROCESSORS
 
     @property
     def switched_off(self) -> frozenset[str]:
@@ -160,26 +173,15 @@ class Cuda(Target):
         everything: bool = False,
         devices: Devices | None = None,
     ) -> TuningReport:
-        """Choose a template and a decision for each kernel by rule: what fits the multiprocessor best.
+        """Choose a template and a decision for each kernel: by measuring candidates on this machine's GPU for about
+        `seconds`, or where these are 0 by what `database` knows and by rule.
 
-        Nothing is measured, so `seconds`, `database` and the rest change nothing.
+        Raises TargetError where there is something to measure and no GPU of this architecture. `seed` and `everything`
+        change nothing: candidates are few, and the same each time.
         """
-        from graphopt.targets.relax import pipeline
-        from graphopt.targets.schedules import cuda
+        from graphopt.targets.tuning.gpu_search import GpuSearch
 
-        lowered = cast(LoweredModel, lowered)
-        calls = pipeline.call_counts(lowered.module)
-        rows = []
-        for name, workload in self._workloads(lowered).items():
-            choice = cuda.choices(workload)[0]
-            lowered.decisions[name] = choice.template, choice.decision
-            rows.append(
-                {"workload": name, "template": choice.template, "decision": dict(choice.decision), "time_us": None,
-                 "gflops": None, "calls": calls.get(name, 0), "trials": 0, "from_database": False, "kind": "",
-                 "share_of_peak": None}
-            )  # fmt: skip
-        digest = hashlib.sha256(json.dumps(sorted(lowered.decisions.items())).encode()).hexdigest()
-        return TuningReport(len(rows), 0, 0, 0.0, digest, tuple(rows))
+        return GpuSearch(cast(LoweredModel, lowered), self, Path(database), progress, fresh).run(seconds)
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""
@@ -193,16 +195,19 @@ class Cuda(Target):
         try:
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
-            needs = cuda_executable.export(
-                self.scheduled(lowered),
-                self.tvm_target(),
-                fresh,
-                gpu_arch=self.gpu_arch,
-                host_arch=self.host_arch,
-                jobs=tvm_engine.available_processors(),
-                compiler=nvcc.compile_source,
-                graphs=self.graphs,
-            )
+            for _ in range(ATTEMPTS):
+                needs = cuda_executable.export(
+                    self.scheduled(lowered),
+                    self.tvm_target(),
+                    fresh,
+                    gpu_arch=self.gpu_arch,
+                    host_arch=self.host_arch,
+                    jobs=tvm_engine.available_processors(),
+                    compiler=nvcc.compile_source,
+                    graphs=self.graphs,
+                )
+                if not self._replace_spilling(lowered, needs):
+                    break
             os.replace(fresh, library)
         except (InternalError, RuntimeError, ValueError) as error:
             raise compile_error(error) from error
@@ -225,12 +230,30 @@ class Cuda(Target):
         (folder / tvm_engine.DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         return tvm_engine.LIBRARY, tvm_engine.DESCRIPTION
 
-    def _workloads(self, lowered: LoweredModel) -> Mapping[str, Any]:
+    def _replace_spilling(self, lowered: LoweredModel, needs: Mapping[str, nvcc.Resources]) -> bool:
+        """Give kernels that spill registers their next decision; whether there are any."""
+        from graphopt.targets.schedules import cuda
+
+        changed = False
+        for name, workload in self.workloads(lowered).items():
+            needed = needs.get(f"{name}_kernel")
+            if needed is None or not needed.spill_bytes:
+                continue
+            choices = [(c.template, dict(c.decision)) for c in cuda.choices(workload)]
+            current = lowered.decisions.get(name, choices[0])
+            current = current[0], dict(current[1])
+            place = choices.index(current) + 1 if current in choices else len(choices)
+            if place < len(choices):
+                lowered.decisions[name] = choices[place]
+                changed = True
+        return changed
+
+    def workloads(self, lowered: LoweredModel) -> Mapping[str, Any]:
+        """What schedules are chosen for, by kernel."""
         from graphopt.targets.relax import pipeline
         from graphopt.targets.schedules.cuda import Gpu, GpuWorkload
 
-        processors = find_gpu(self.device).multiprocessors if self.device else gpu.USUAL_MULTIPROCESSORS
-        described = Gpu(self.gpu_arch, processors, self.switched_off)
+        described = Gpu(self.gpu_arch, self.multiprocessors, self.switched_off)
         target = self.tvm_target()
         return {
             name: GpuWorkload(func.with_attr("global_symbol", "main"), gpu=described, target=target)
@@ -243,7 +266,7 @@ class Cuda(Target):
         from graphopt.targets.schedules import cuda
 
         kernels = {}
-        for name, workload in self._workloads(lowered).items():
+        for name, workload in self.workloads(lowered).items():
             known = lowered.decisions.get(name)
             choice = cuda.choices(workload)[0] if known is None else cuda.Choice(known[0], dict(known[1]))
             kernels[name] = cuda.schedule(workload, choice)

@@ -16,8 +16,9 @@ from graphopt.errors import TargetError
 REMEDY = "`pip install 'graphopt[cuda]'` (NVIDIA's compiler as Python packages), or install the CUDA toolkit"
 HOST_COMPILERS = ("g++", "c++", "clang++")
 """nvcc preprocesses with one of these."""
-OPTIONS = ("-O3", "--std=c++17", "-Xptxas", "-v", "--diag-suppress", "177")
-"""ptxas says what each kernel needs; 177: a variable that nobody reads."""
+OPTIONS = ("-O3", "--std=c++17", "-Xptxas", "-v", "-Xptxas", "--register-usage-level=0", "--diag-suppress", "177")
+"""ptxas says what each kernel needs, and does not spill a word or two to save registers that are there; 177: a variable
+that nobody reads."""
 TIMEOUT_S = 3600
 
 

@@ -41,7 +41,7 @@ def drawn_layers(rng: np.random.Generator, channels: int):
 def drawn_decisions(rng: np.random.Generator, lowered, target: Cuda) -> set[str]:
     """Give each product on tensor cores a decision at random; returns the names of the kernels."""
     found = set()
-    for name, workload in target._workloads(lowered).items():
+    for name, workload in target.workloads(lowered).items():
         space = tensor_cores.match(workload)
         if space:
             lowered.decisions[name] = tensor_cores.NAME, space[int(rng.integers(len(space)))]
@@ -121,7 +121,7 @@ def test_every_tile_stays_in_registers(arch, every):
     import tvm
 
     target, lowered = one_layer("float16", 256, 256, 28)
-    workload = next(w for w in target._workloads(lowered).values() if product_of(w) is not None)
+    workload = next(w for w in target.workloads(lowered).values() if product_of(w) is not None)
     space = tensor_cores.match(workload) or []
     tiles = {(d["rows"], d["columns"], d["down"], d["across"]) for d in space}
     assert len(tiles) >= 8 and len(space) >= 20
@@ -153,7 +153,7 @@ def test_the_rule_fills_the_multiprocessors():
 
 def _first(precision: str, channels: int, size: int):
     target, lowered = one_layer(precision, channels, channels, size)
-    workload = next(w for w in target._workloads(lowered).values() if product_of(w) is not None)
+    workload = next(w for w in target.workloads(lowered).values() if product_of(w) is not None)
     space = tensor_cores.match(workload)
     assert space
     return space[0]
@@ -161,6 +161,6 @@ def _first(precision: str, channels: int, size: int):
 
 def test_architectures_without_units_get_other_kernels():
     target, lowered = one_layer("float32", 64, 64, 14)
-    assert all(tensor_cores.match(w) is None for w in target._workloads(lowered).values())
+    assert all(tensor_cores.match(w) is None for w in target.workloads(lowered).values())
     assert all("tensor_fp16" in each.features for each in ARCHITECTURES.values())
     assert json.loads(json.dumps(_first("float16", 64, 14))) == _first("float16", 64, 14)

@@ -62,6 +62,6 @@ def test_windows_compute_what_onnx_runtime_does(seed, precision, tmp_path: Path,
 def test_transpositions_are_not_taken_for_elementwise():
     made, _ = drawn_model(0)
     target = Cuda(arch="sm_80")
-    matched = {name: elementwise.match(w) for name, w in target._workloads(target.lower(made)).items()}
+    matched = {name: elementwise.match(w) for name, w in target.workloads(target.lower(made)).items()}
     assert all(found is None for name, found in matched.items() if "block_channels" in name)
     assert any(found for found in matched.values())

@@ -14,6 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,20 @@ def compile_kernels(kernels, target) -> Any:
     """The host's code of scheduled PrimFuncs as a `tvm.runtime.Module` that imports one with their CUDA source."""
     import tvm
 
+    _keep_source()
     return tvm.tirx.build(kernels, target=target)
+
+
+@lru_cache(maxsize=1)
+def _keep_source() -> None:
+    """Have TVM leave CUDA source as it is, in this process. It does so by itself only where there is no driver; where
+    its part for GPUs is loaded it would compile with NVRTC."""
+    import tvm_ffi
+
+    def unchanged(source: str, _target: Any = None) -> bytes:
+        return source.encode()
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", unchanged, override=True)
 
 
 def _device_modules(module) -> list[Any]:
@@ -83,15 +97,21 @@ def with_machine_code(packed: bytes, source: str, image: nvcc.Image) -> bytes:
     text = source.encode()
     tail = struct.pack("<Q", len(text)) + text
     end = packed.find(tail) + len(tail)
-    form = _string("cuda")
-    start = packed.rfind(form, 0, end - len(tail))
+    form, start = _start(packed, end, len(tail))
     size_at = start - 8
-    if end < len(tail) or start < 8 or struct.unpack_from("<Q", packed, size_at)[0] != end - start:
-        raise TargetError("TVM's serialised modules do not look as expected", hint="is this TVM 0.27?")
     signatures = packed[start + len(form) : end - len(tail)]
     fresh = _string(image.form) + signatures + struct.pack("<Q", len(image.data)) + image.data
     rest = packed[8:size_at] + struct.pack("<Q", len(fresh)) + fresh + packed[end:]
     return struct.pack("<Q", len(rest)) + rest
+
+
+def _start(packed: bytes, end: int, tail: int) -> tuple[bytes, int]:
+    """The format of the module that ends at `end`, and where it starts."""
+    for form in map(_string, ("cuda", "cubin", "fatbin", "ptx")):
+        start = packed.rfind(form, 0, max(end - tail, 0))
+        if start >= 8 and struct.unpack_from("<Q", packed, start - 8)[0] == end - start:
+            return form, start
+    raise TargetError("TVM's serialised modules do not look as expected", hint="is this TVM 0.27?")
 
 
 def _string(text: str) -> bytes:

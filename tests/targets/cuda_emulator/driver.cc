@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <functional>
@@ -163,7 +164,7 @@ int cuDeviceGetName(char* name, int length, int) { return snprintf(name, length,
 int cuDeviceGetAttribute(int* value, int which, int) {
   const char* arch = getenv("GRAPHOPT_EMULATED_ARCH");
   int number = arch ? atoi(arch) : 80;
-  *value = which == 75 ? number / 10 : which == 76 ? number % 10 : 0;
+  *value = which == 75 ? number / 10 : which == 76 ? number % 10 : which == 16 ? 80 : 0;
   return 0;
 }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
@@ -257,11 +258,15 @@ int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = (void*
 int cudaStreamDestroy(void*) { return 0; }
 int cudaStreamSynchronize(void*) { return __emu_recording ? 900 : 0; }
 int cudaStreamWaitEvent(void*, void*, unsigned) { return 0; }
-int cudaEventCreate(void** event) { return *event = (void*)1, 0; }
-int cudaEventDestroy(void*) { return 0; }
-int cudaEventRecord(void*, void*) { return 0; }
+int cudaEventCreate(void** event) { return *event = new timespec, 0; }
+int cudaEventDestroy(void* event) { return delete (timespec*)event, 0; }
+int cudaEventRecord(void* event, void*) { return clock_gettime(CLOCK_MONOTONIC, (timespec*)event); }
 int cudaEventSynchronize(void*) { return 0; }
-int cudaEventElapsedTime(float* ms, void*, void*) { return *ms = 0, 0; }
+int cudaEventElapsedTime(float* ms, void* from, void* to) {
+  timespec *a = (timespec*)from, *b = (timespec*)to;
+  *ms = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) * 1e-6;
+  return 0;
+}
 int cudaGetLastError() { return 0; }
 int cudaPeekAtLastError() { return 0; }
 const char* cudaGetErrorName(int) { return "emulated error"; }

@@ -16,7 +16,7 @@ from graphopt.targets.schedules.workload import Kernel
 TEMPLATES: tuple[ModuleType, ...] = (tensor_cores, windows, elementwise)
 """In the order of their first guesses."""
 
-__all__ = ["Choice", "Gpu", "GpuWorkload", "choices", "schedule"]
+__all__ = ["Choice", "Gpu", "GpuWorkload", "choices", "schedule", "version_of"]
 
 
 def choices(workload: GpuWorkload) -> list[Choice]:
@@ -29,7 +29,16 @@ def choices(workload: GpuWorkload) -> list[Choice]:
 
 def schedule(workload: GpuWorkload, choice: Choice) -> Kernel:
     """The kernel that a choice makes. Raises TargetError where it has no threads, else what TVM raises."""
+    return _named(choice.template).apply(workload, dict(choice.decision))
+
+
+def version_of(template: str) -> int | None:
+    """A template's version; None where there is none of this name (any more)."""
+    return next((each.VERSION for each in (*TEMPLATES, floor) if template == each.NAME), None)
+
+
+def _named(name: str) -> ModuleType:
     for template in (*TEMPLATES, floor):
-        if choice.template == template.NAME:
-            return template.apply(workload, dict(choice.decision))
-    raise KeyError(choice.template)
+        if name == template.NAME:
+            return template
+    raise KeyError(name)
