@@ -16,7 +16,7 @@ from graphopt.errors import DeviceError, GraphoptError, TargetError, Verificatio
 from graphopt.measure import Contender
 from graphopt.passes.base import Fidelity
 from graphopt.places import Place
-from graphopt.precision import check_noise, narrowed
+from graphopt.precision import NARROW, check_noise, narrowed
 from graphopt.progress import Progress
 from graphopt.report import CandidateRecord
 from graphopt.schedule_database import database_path
@@ -61,14 +61,14 @@ def make_candidates(source: Source, variants: list[Variant], compiler: Compiler)
     """The input model in ONNX Runtime first, then every variant in ONNX Runtime and compiled by the target; what is to
     run elsewhere than on this machine, compiled only.
 
-    With the setting `precision` bf16, variants that are not lossy themselves are compiled in bfloat16 too; where there
-    is no evaluation data to judge these by, their noise on the verification samples does.
+    With the setting `precision` bf16 or fp16, variants that are not lossy themselves are compiled in that too; where
+    there is no evaluation data to judge these by, their noise on the verification samples does.
     """
     settings, here = compiler.settings, compiler.place.is_here
     whole = CandidateRecord(INPUT, "input", "onnxruntime", "measured", size_bytes=source.path.stat().st_size)
     candidates = [Candidate(whole, None, source.path)] if here else []
-    in_bf16 = [v for v in variants if settings.precision == "bf16" and v.fidelity is not Fidelity.LOSSY]
-    share = settings.tune_seconds / (len(variants) + len(in_bf16))
+    narrow = [v for v in variants if settings.precision in NARROW and v.fidelity is not Fidelity.LOSSY]
+    share = settings.tune_seconds / (len(variants) + len(narrow))
     for variant in variants:
         if not variant.record.within_bound:
             engine = "onnxruntime" if here else "tvm"
@@ -80,8 +80,8 @@ def make_candidates(source: Source, variants: list[Variant], compiler: Compiler)
             candidates.append(Candidate(record, variant, variant.file))
         if settings.engine in ("auto", "tvm"):
             candidates.append(compiler.compile(variant, "float32", share))
-            if variant in in_bf16:
-                candidates.append(compiler.compile(variant, "bf16", share))
+            if variant in narrow:
+                candidates.append(compiler.compile(variant, settings.precision, share))
     return candidates
 
 
@@ -116,7 +116,7 @@ class Compiler:
 
     def build(self, model: ir.Model, folder: Path, precision: str, tune_seconds: float) -> TuningReport:
         """Tune and compile `model` into `folder`, unverified. Raises TargetError."""
-        target = narrowed(self.target) if precision == "bf16" else self.target
+        target = narrowed(self.target, precision) if precision in NARROW else self.target
         lowered = target.lower(specialise(model, self.data.samples[0]))
         tuning = target.tune(
             lowered,

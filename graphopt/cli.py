@@ -121,8 +121,8 @@ def group() -> None:
 @click.option("--engine", type=click.Choice(["auto", "tvm", "onnxruntime"]), help="[default: auto, the fastest]")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bf16"]),
-    help="bf16: compile in bfloat16 too; lossy, see `graphopt explain bf16`. [default: float32]",
+    type=click.Choice(["float32", "bf16", "fp16"]),
+    help="bf16, fp16 (GPUs): compile in 16 bits too; lossy, see `graphopt explain bf16`. [default: float32]",
 )
 @click.option("--tune-seconds", type=float, help="Budget of the schedule search. [default: 60]")
 @click.option("--measure-seconds", type=float, help="Budget of the final paired run. [default: 15]")

@@ -39,7 +39,7 @@ class _Trial:
 
 def mix(candidates: Sequence[Candidate], compiler: Compiler) -> tuple[list[Candidate], tuple[LayerRecord, ...]]:
     """`candidates` and those of mixed precision that are worth a race, with the times of all layers in each."""
-    built = compiled(candidates)
+    built = compiled(candidates) if compiler.target.times_kernels else []
     if not built:
         return list(candidates), ()
     clock = _Clock(compiler)

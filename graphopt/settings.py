@@ -23,7 +23,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Engine = Literal["auto", "tvm", "onnxruntime"]
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "fp16"]
 Objective = Literal["latency", "size"]
 
 
@@ -55,7 +55,8 @@ class Settings:
     threads: int | None = None
     engine: Engine = "auto"
     precision: Precision = "float32"
-    """`bf16` adds compiled candidates with bfloat16 images and weights, judged as lossy (see `graphopt.precision`)."""
+    """`bf16` or `fp16` adds compiled candidates with images and weights in 16 bits, judged as lossy (see
+    `graphopt.precision`)."""
     objective: Objective | None = None
     """Search for the settings of all layers that make the fastest model within the bound, or the smallest, from the
     pipeline on; None: no search, unless the preset is `auto`, which searches for the fastest."""

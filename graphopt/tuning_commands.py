@@ -23,7 +23,7 @@ FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"])
 TARGET = click.option("--target", default="cpu", show_default=True, help="E.g. cpu, cpu{mcpu=cascadelake}.")
 THREADS = click.option("--threads", type=int, help="Threads; default: all cores.")
 PRECISION = click.option(
-    "--precision", type=click.Choice(["float32", "bf16"]), help="What images and weights are stored as."
+    "--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="What images and weights are stored as."
 )
 INPUT = click.option(
     "--input", "inputs", multiple=True, metavar="NAME:D0,D1,...", help="Fix the dynamic dimensions of an input."

@@ -73,6 +73,11 @@ class Target(abc.ABC):
         """Whether this machine may run what is built, as far as its kind of processor goes."""
         return True
 
+    @property
+    def times_kernels(self) -> bool:
+        """Whether the kernels of a run can be timed one by one, on a machine that runs them."""
+        return True
+
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
         """Translate a model with static input shapes.

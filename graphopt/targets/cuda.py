@@ -100,6 +100,10 @@ class Cuda(Target):
         return self.host_arch == capabilities.host_arch() and gpu.missing() is None
 
     @property
+    def times_kernels(self) -> bool:
+        return False  # a call of a kernel returns before it is done
+
+    @property
     def multiprocessors(self) -> int:
         """Of the device; of this machine's GPU where it has the architecture; else a usual number."""
         if self.device:
