@@ -14,7 +14,7 @@ from graphopt import model as models
 from graphopt.errors import ArtifactError, DataError, ModelError
 from graphopt.measure import Comparison, Contender, PairedResult, compare, compare_saved, race_afresh
 from graphopt.progress import Progress
-from graphopt.runtime.artifact import MODEL, is_artifact, load, read_manifest
+from graphopt.runtime.artifact import COMPILED, MODEL, is_artifact, load, read_manifest
 
 SESSIONS = 3
 """Of fresh processes, in one `bench`."""
@@ -29,13 +29,44 @@ def bench_models(
     shapes: Shapes,
     seed: int,
     progress: Progress,
+    remote: str | None = None,
 ) -> PairedResult:
-    """Race models that take the same inputs. Raises ModelError when they do not, ArtifactError for no artifact."""
+    """Race models that take the same inputs, on this machine or on a `remote` device: there, compiled artifacts only.
+
+    Raises ModelError when they take others, ArtifactError for no artifact, and what `connected` raises.
+    """
+    if remote is not None:
+        return _bench_remote(paths, remote, threads, seconds, _feeds(paths, data, shapes, seed), seed, progress)
     contenders = _contenders(paths)
     feeds = _feeds(paths, data, shapes, seed)
     return race_afresh(
         contenders, [feeds] * SESSIONS, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress
     )
+
+
+def _bench_remote(
+    paths: Sequence[str],
+    remote: str,
+    threads: int | None,
+    seconds: float,
+    feeds: Mapping[str, np.ndarray],
+    seed: int,
+    progress: Progress,
+) -> PairedResult:
+    from graphopt.places.device import OnDevice
+    from graphopt.remote.address import parse_address
+
+    for path in paths:
+        if not is_artifact(path) or not (Path(path) / COMPILED).is_dir():
+            raise ArtifactError(f"{path} is no compiled artifact, and nothing else runs on a remote device")
+    contenders = [
+        Contender.compiled(Path(path) / COMPILED, each.name) for path, each in zip(paths, _named(paths), strict=True)
+    ]
+    place = OnDevice(parse_address(remote))
+    cores = threads or len(place.device.cores) or 1
+    return place.race(
+        contenders, [feeds] * SESSIONS, threads=cores, seconds=seconds, seed=seed, progress=progress
+    )  # fmt: skip
 
 
 def compare_paths(
@@ -83,6 +114,10 @@ def _contenders(paths: Sequence[str]) -> list[Contender]:
             raise ArtifactError(f"{path} is not an artifact: it has no manifest.json")
         else:
             models.load(path)
+    return _named(paths)
+
+
+def _named(paths: Sequence[str]) -> list[Contender]:
     names = [Path(os.path.normpath(p)).name for p in paths]
     labels = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
     return [Contender.of(path, label) for path, label in zip(paths, labels, strict=True)]

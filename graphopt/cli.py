@@ -217,15 +217,16 @@ def _settings_table(settings: Settings, target: Any) -> Table:
 @SEED
 @FORMAT
 @click.option("-o", "--output", type=click.Path(), help="Save raw samples here (latency.json) for `compare`.")
+@click.option("--remote", help="Time compiled artifacts on a device: HOST:PORT/KEY, or tracker:HOST:PORT/KEY.")
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("-v", "--verbose", is_flag=True)
-def bench(models, threads, seconds, data, inputs, seed, format_, output, quiet, verbose) -> int:
+def bench(models, threads, seconds, data, inputs, seed, format_, output, remote, quiet, verbose) -> int:
     """Time MODELS (ONNX files or artifacts) against each other: paired, interleaved, in one run."""
     from graphopt.benchmarking import bench_models
     from graphopt.report.formats import milliseconds, speedup
 
     shapes = dict(parse_input(text) for text in inputs)
-    result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet))
+    result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet), remote)
     content = result.to_dict()
     if output:
         _write_json(Path(output), content)

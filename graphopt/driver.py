@@ -302,6 +302,7 @@ def _measure_and_choose(
     samples = place.evaluation_limit(source.model)
     report.place = {"baseline": baseline(place), "evaluation_samples": samples, **place.describe()}
     report.candidates = [c.record for c in candidates]
+    report.warnings += [*place.warnings(), *_lost_devices(candidates)]
     for candidate in choose(candidates, race, baseline(place), settings.objective == "size"):
         with place.open(candidate.contender, settings.threads or 1) as run:
             judged = judge_engine(candidate, run, judge, samples)
@@ -327,6 +328,11 @@ def _make_libraries(
             if not record.delivered:
                 report.warnings.append(f"no library for {record.target}: {record.status}: {record.reason}")
     return [library for library in libraries if library.record.delivered]
+
+
+def _lost_devices(candidates: list[Candidate]) -> list[str]:
+    tunings = [c.record.tuning for c in candidates if c.record.tuning is not None]
+    return [f"a device was lost in tuning, {loss}; its trial was repeated" for t in tunings for loss in t["losses"]]
 
 
 def _replaying(settings: Settings, chosen: Candidate) -> Settings:

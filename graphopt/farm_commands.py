@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import click
@@ -56,6 +57,23 @@ def status(tracker: str, format_: str) -> int:
     STDOUT.print(table)
     for each in found:
         STDOUT.print(_words(each), markup=False, soft_wrap=True)
+    return errors.EXIT_DONE
+
+
+@farm.command()
+@click.option("--arch", type=click.Choice(["aarch64", "x86_64"]), default="aarch64", show_default=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+def server(arch: str, output: Path) -> int:
+    """Write the RPC server for a device without Python: one program and three libraries, to be copied there.
+
+    On the device: ./rpc_server PORT KEY [--host ADDRESS] [--tracker HOST:PORT] [--advertise ADDRESS]. It listens on
+    127.0.0.1 unless told otherwise: whoever reaches it can run any code there.
+    """
+    from graphopt.remote.server_folder import write_server
+    from graphopt.report.formats import size
+
+    for file in write_server(arch, output):
+        STDOUT.print(f"{file}  {size(file.stat().st_size)}", markup=False, soft_wrap=True)
     return errors.EXIT_DONE
 
 

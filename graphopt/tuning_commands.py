@@ -189,7 +189,9 @@ def show(databases, isa, models, target, threads, precision, inputs, format_, ve
         click.echo(json.dumps([{**dataclasses.asdict(k), **dataclasses.asdict(r)} for k, r in ordered]))
         return errors.EXIT_DONE
     table = Table()
-    for heading in ("workload", "kernel", "instruction set", "threads", "template", "decision", "time µs", "trials"):
+    for heading in (
+        "workload", "kernel", "instruction set", "device", "threads", "template", "decision", "time µs", "trials",
+    ):  # fmt: skip
         right = heading in ("threads", "time µs", "trials")
         table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for key, record in ordered:
@@ -198,6 +200,7 @@ def show(databases, isa, models, target, threads, precision, inputs, format_, ve
             key.workload[:12],
             Text(record.kernel),
             key.isa,
+            Text(record.measured_on or key.device or "-"),
             str(key.threads),
             f"{record.template} {record.version}",
             Text(_decision(record.decision)),

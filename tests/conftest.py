@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GRAPHOPT_SHARED", ROOT.parent / "shared"))
 
 
+@pytest.fixture(scope="session")
+def runtime_cache(tmp_path_factory) -> Path:
+    """One folder for TVM's libraries for other processors and the programs for them: fetched and compiled once."""
+    return tmp_path_factory.mktemp("runtime-cache")
+
+
 @pytest.fixture
 def shared_model():
     """A function from the name of a shared model to its path; skips where the shared models are absent."""

@@ -32,18 +32,12 @@ DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 elsewhere = pytest.mark.skipif(capabilities.host_arch() == "aarch64", reason="this machine is an ARM itself")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One folder for TVM's ARM libraries and the programs: they are fetched and compiled once."""
-    return tmp_path_factory.mktemp("places-cache")
-
-
 @pytest.fixture
-def emulation(cache, monkeypatch):
+def emulation(runtime_cache, monkeypatch):
     """Skips where nothing emulates ARM."""
     if emulator.find_emulator("aarch64") is None or emulator.find_system("aarch64") is None:
         pytest.skip(f"no emulator of aarch64: {emulator.remedy('aarch64')}")
-    monkeypatch.setenv("GRAPHOPT_CACHE", str(cache))
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(runtime_cache))
 
 
 def optimized(tmp_path, **options):

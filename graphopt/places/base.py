@@ -63,6 +63,10 @@ class Place(abc.ABC):
         """For reports: kind, label, unit, and what else there is to say."""
         return {"kind": self.kind, "label": self.label, "unit": self.unit}
 
+    def warnings(self) -> list[str]:
+        """What a reader of the figures must know."""
+        return []
+
     def __enter__(self):
         return self
 

@@ -20,7 +20,7 @@ from graphopt.verify import Feeds, Runner
 
 
 class OnDevice(Place):
-    """`address`: of a server, or of a tracker that knows several devices of one key.
+    """`address`: of a server, or of a tracker that knows several devices of one key. Contenders are compiled folders.
 
     Raises DeviceError: nobody answers, another version of TVM; SpecError: wrong key; TargetError: the device lacks what
     code for `target` needs.
@@ -28,11 +28,12 @@ class OnDevice(Place):
 
     kind = "device"
 
-    def __init__(self, address: Address, target: LlvmTarget):
+    def __init__(self, address: Address, target: LlvmTarget | None = None):
         self.address = address
         with connected(address) as session:
             self.device: Device = session.device
-            check_instructions(target.arch, target.features, self.device, session.where, str(target))
+            if target is not None:
+                check_instructions(target.arch, target.features, self.device, session.where, str(target))
 
     @property
     def label(self) -> str:
@@ -41,6 +42,11 @@ class OnDevice(Place):
     @property
     def devices(self) -> RemoteDevices:
         return RemoteDevices(self.address, self.device)
+
+    def warnings(self) -> list[str]:
+        if not self.device.emulated:
+            return []
+        return [f"{self.address} is emulated: its times say nothing about a device, and the choice rests on them"]
 
     def describe(self) -> Mapping[str, Any]:
         return {**super().describe(), "device": self.device.to_dict()}

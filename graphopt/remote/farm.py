@@ -62,7 +62,7 @@ class Loss:
     """Since the farm began."""
 
     def __str__(self) -> str:
-        return f"{self.where} after {self.after_s:.0f} s: {self.why}"
+        return f"{self.where}: {self.why}, {self.after_s:.0f} s after the beginning"
 
 
 @dataclass(eq=False)
@@ -174,6 +174,8 @@ class Farm:
             except (DeviceError, SpecError) as error:
                 if trial.generation != generation:
                     return None
+                if trial.where and time.monotonic() - trial.since >= 0.95 * self.limit_s:
+                    return Outcome(None, f"not done within {self.limit_s:.0f} s", trial.where, trial.attempts)
                 if trial.where:
                     self._lose(trial, error)
                     if trial.attempts >= ATTEMPTS:
@@ -189,7 +191,8 @@ class Farm:
         return None
 
     def _lose(self, trial: _Trial, error: GraphoptError) -> None:
-        loss = Loss(trial.where or str(self.address), error.what, time.monotonic() - self._began)
+        where = trial.where or str(self.address)
+        loss = Loss(where, error.what.removeprefix(where).strip(), time.monotonic() - self._began)
         self.losses.append(loss)
         self.on_loss(loss)
 

@@ -73,8 +73,8 @@ def explained(error: BaseException, where: str, doing: str) -> TargetError:
         return TargetError(f"{where} ran out of memory and cannot {doing}", hint="a smaller batch or model fits better")
     if is_lost(error):
         return DeviceError(
-            f"{where} was lost and cannot {doing}: {said}",
-            hint="its kernel may have ended the session for lack of memory",
+            f"{where} closed the connection and did not {doing}",
+            hint="it has died, or its kernel has ended the session, for lack of memory perhaps",
         )
     return TargetError(f"{where} cannot {doing}: {said}")
 

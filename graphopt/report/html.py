@@ -161,6 +161,7 @@ def _conditions(outcome: Outcome) -> Html:
         ("Settings", tables.facts(report.get("settings") or {}, "settings")),
         ("Target", tables.facts(report.get("target") or {}, "target")),
         ("Libraries", tables.facts(_library_facts(report), "library")),
+        ("Where candidates ran", tables.facts(report.get("place") or {}, "place")),
         ("Environment", tables.facts(report.get("environment") or {}, "environment")),
         ("Data", tables.data_facts(report)),
         ("Time of each stage", tables.seconds_bars(report.get("seconds") or {})),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -20,6 +19,7 @@ from graphopt.remote.emulator import emulated_process, find_emulator, find_syste
 from graphopt.remote.session import connected
 from graphopt.remote.tracker import Tracker, wait_until
 from graphopt.targets.tuning import database as databases
+from graphopt.targets.tuning import device_timing, timers
 from graphopt.tuning import resolve_target, tune_model
 from tests.targets.oracle import model, node, uniform
 
@@ -27,20 +27,15 @@ KEY = "rpi4"
 DEVICES = 3
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("farm-cache")
-
-
 @pytest.fixture
-def farm(cache, monkeypatch):
+def farm(runtime_cache, monkeypatch):
     """The tracker's address, and the processes of its devices by `host:port`."""
     pytest.importorskip("tornado", reason="TVM's tracker needs it: pip install 'graphopt[farm]'")
     if find_emulator("aarch64") is None or find_system("aarch64") is None:
         pytest.skip(f"no emulator of aarch64: {remedy('aarch64')}")
     from tvm.rpc import tracker as trackers
 
-    monkeypatch.setenv("GRAPHOPT_CACHE", str(cache))
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(runtime_cache))
     running = trackers.Tracker("127.0.0.1", port=19190, port_end=19390, silent=True)
     address = Address("127.0.0.1", running.port, KEY, tracker=True)
     with ExitStack() as ending:
@@ -94,36 +89,29 @@ def test_status_wrong_key_and_sessions(farm):
     assert "rpi4" in str(caught.value.hint)
 
 
-def test_a_device_killed_in_the_middle_of_tuning_loses_one_trial(farm, tmp_path):
+def test_a_device_killed_in_the_middle_of_tuning_loses_one_trial(farm, tmp_path, monkeypatch):
     address, servers = farm
-    killed = []
+    seen: Counter[str] = Counter()
+    killed: list[str] = []
 
-    def kill_one_at_work() -> None:
-        """The first that has done some trials and is in another."""
-        sessions = dict.fromkeys(servers, 0)
-        inside = dict.fromkeys(servers, False)
-        while not killed:
-            for where, server in servers.items():
-                busy = bool(psutil.Process(server.pid).children())
-                sessions[where] += busy and not inside[where]
-                inside[where] = busy
-                if busy and sessions[where] >= 2:
-                    os.killpg(server.pid, signal.SIGKILL)
-                    killed.append(where)
-                    return
+    def timed(session, *rest):
+        """The first device that is at its second trial is killed within it."""
+        seen[session.where] += 1
+        if seen[session.where] == 2 and not killed:
+            killed.append(session.where.removesuffix(f"/{KEY}"))
+            os.killpg(servers[killed[0]].pid, signal.SIGKILL)
+        return device_timing.timed(session, *rest)
 
-    killer = threading.Thread(target=kill_one_at_work, daemon=True)
-    killer.start()
+    monkeypatch.setattr(timers, "timed", timed)
     target = resolve_target("arm{device=rpi4,threads=1,without=winograd}")
     database = tmp_path / "schedules.jsonl"
     report = tune_model(small(tmp_path), target, 300.0, database=database, remote=str(address)).report
-    killer.join(10)
     assert len(killed) == 1
 
     assert not report.stopped_early and all(row["time_us"] > 0 for row in report.rows)
     assert sum(report.devices.values()) == report.trials, "every trial has its result, the lost one too"
-    assert len(report.losses) == 1 and report.losses[0].startswith(f"{killed[0]}/{KEY} after")
-    assert len(report.devices) >= 2 and max(report.devices, key=lambda w: report.devices[w]) != f"{killed[0]}/{KEY}"
+    assert len(report.losses) == 1 and report.losses[0].startswith(f"{killed[0]}/{KEY}: closed the connection")
+    assert len(report.devices) >= 2
     assert status(address)[KEY]["devices"] == sorted(set(servers) - set(killed))
 
     records = databases.read(database)[0]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
@@ -25,7 +29,9 @@ from graphopt.remote.device import check_memory, device_of, needed_bytes
 from graphopt.remote.engine import RemoteEngine
 from graphopt.remote.farm import Farm
 from graphopt.remote.session import connected
+from graphopt.runtime.artifact import read_manifest
 from graphopt.targets.llvm import FFI_PIN, TVM_PIN
+from graphopt.tuning import resolve_target, tune_model
 from tests.remote import servers
 from tests.targets.oracle import close, model, node, reference, sum_tolerance, uniform
 
@@ -253,3 +259,43 @@ def test_nobody_left_is_told_apart_from_a_bad_trial(monkeypatch):
         farm.submit("x", lambda session: None)
         found = farm.next_outcome(30.0)
         assert found is not None and found[1].unreached and "no RPC server answers" in found[1].problem
+
+
+def test_the_same_commands_measure_milliseconds_there(tmp_path):
+    """`rpc-server` in a process of its own, as on a device; optimize, tune and bench over it."""
+    line = [sys.executable, "-m", "graphopt.cli", "rpc-server", "--port", "0", "--key", "box"]
+    running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout is not None and running.stderr is not None
+        word, port = running.stdout.readline().split()
+        assert word == "listening"
+        remote = f"127.0.0.1:{port}/box"
+        report = graphopt.optimize(
+            DIGITS, tmp_path / "out", remote=remote, tune_seconds=0.0, measure_seconds=1.0, threads=1
+        ).report  # fmt: skip
+        assert report.place["kind"] == "device" and report.place["unit"] == "seconds"
+        assert report.place["device"]["fingerprint"] and report.place["baseline"] == "exact · tvm"
+        (candidate,) = report.candidates
+        assert candidate.latency is not None and 0 < candidate.latency["median_s"] < 1 and candidate.speedup is not None
+        assert len(candidate.latency["samples_s"]) >= 3 * 5 * 3, "three sessions of five bursts of three runs"
+        saved = json.loads((tmp_path / "out" / "latency.json").read_text())
+        assert saved["environment"]["machine"]["features"] == report.place["device"]["fingerprint"]
+        assert len(saved["sessions"]) == 3 and remote in read_manifest(tmp_path / "out")["measured"]["where"]
+
+        bench = ["bench", str(tmp_path / "out"), "--remote", remote, "--seconds", "1", "--threads", "1", "-q"]
+        said = CliRunner().invoke(group, [*bench, "--format", "json"], standalone_mode=False)
+        assert 0 < json.loads(said.output)["contenders"]["out"]["median_s"] < 1
+        bench[1] = str(DIGITS)
+        with pytest.raises(errors.ArtifactError, match="nothing else runs on a remote device"):
+            CliRunner().invoke(group, bench, standalone_mode=False, catch_exceptions=False)
+
+        made, _ = small()
+        ir.save(made, tmp_path / "small.onnx")
+        target = resolve_target("cpu{threads=1}")
+        found = tune_model(tmp_path / "small.onnx", target, 20.0, database=tmp_path / "db.jsonl", remote=remote).report
+        assert found.trials and found.devices == {remote: found.trials} and not found.losses
+    finally:
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+    with pytest.raises(errors.DeviceError), connected(parse_address(remote)):
+        pass
