@@ -23,7 +23,16 @@ from graphopt.packaging.c_compiler import find_c_compiler
 from graphopt.runtime.artifact import read_manifest, write_manifest
 from graphopt.runtime.tvm_engine import TvmEngine
 from graphopt.targets.relax import link
-from tests.packaging.artifacts import DIGITS, artifact, build_example, quantized_digits, refusal, run_program, runner
+from tests.packaging.artifacts import (
+    DIGITS,
+    artifact,
+    build_example,
+    compiler,
+    quantized_digits,
+    refusal,
+    run_program,
+    runner,
+)
 from tests.targets.oracle import close, model, node, reference, sum_tolerance, uniform
 
 TARGETS = {"x86_64": "cpu{mcpu=x86-64-v3}", "aarch64": "arm{mcpu=cortex-a53}"}
@@ -118,6 +127,25 @@ def test_cpp_package(kind, arch, made, example, tmp_path):
     assert {"model/model.so", "lib/libtvm_runtime.so", "lib/libtvm_ffi.so", "include/graphopt/runner.h"} <= set(sizes)
     assert all((packed.path / name).stat().st_size == size for name, size in sizes.items())
     assert packed.description["total_bytes"] == sum(sizes.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cmake_builds_the_example(arch, made, tmp_path):
+    if shutil.which("cmake") is None or shutil.which("make") is None:
+        pytest.skip("no cmake")
+    compiler(arch)
+    net, folder = made("fp32", arch)
+    before = runner(arch)
+    packed = package(folder, tmp_path / "package", "cpp")
+    cross = [] if arch == host_arch() else ["-DCMAKE_TOOLCHAIN_FILE=toolchain.cmake", f"-DGRAPHOPT_ARCH={arch}"]
+    for command in (["cmake", "-S", ".", "-B", "build", *cross], ["cmake", "--build", "build"]):
+        done = subprocess.run(command, cwd=packed.path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    moved = packed.path.rename(tmp_path / "moved")  # the runtime is found beside the program
+    command = [*before, str(moved / "build/example"), "-o", str(tmp_path / "o"), str(moved)]
+    found = run_program(command, pictures(1)[0], tmp_path / "o")
+    close(found, reference(net, pictures(1)[0]), sum_tolerance(TERMS))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])

@@ -10,6 +10,7 @@ Source of the placement: Pisarchyk and Lee, Efficient Memory Management for Deep
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (dtype_code(self.dtype)[1] + 7) // 8
+        return math.prod(self.shape) * ((dtype_code(self.dtype)[1] + 7) // 8)
 
 
 @dataclass
@@ -100,7 +101,7 @@ class _Reader:
         self.plan = Plan([])
         self.values: dict[Any, Any] = {}
         self._numbers: dict[Tensor, int] = {}
-        self._constants: dict[int, Tensor] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Tensor] = {}
         for parameter in main.params:
             shape = tuple(int(d) for d in parameter.ty.shape.values)
             tensor = Tensor(len(self.plan.sizes), 0, str(parameter.ty.dtype), shape)
@@ -157,12 +158,14 @@ class _Reader:
     def _constant(self, data: Any) -> Tensor:
         import numpy as np
 
-        key = data.__chandle__()  # one constant may have many readers
+        dtype, shape = str(data.dtype), tuple(int(d) for d in data.shape)
+        content = np.ascontiguousarray(data.numpy()).tobytes()
+        key = dtype, shape, hashlib.sha256(content).digest()  # equal constants lie in one place
         if key not in self._constants:
             blob = self.plan.constants
             blob.extend(bytes(-len(blob) % ALIGNMENT))
-            self._constants[key] = Tensor(None, len(blob), str(data.dtype), tuple(int(d) for d in data.shape))
-            blob.extend(np.ascontiguousarray(data.numpy()).tobytes())
+            self._constants[key] = Tensor(None, len(blob), dtype, shape)
+            blob.extend(content)
         return self._constants[key]
 
     def number(self, tensor: Tensor) -> int:
