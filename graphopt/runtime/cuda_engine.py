@@ -39,9 +39,9 @@ class CudaEngine:
         lacking = gpu.missing()
         if lacking is not None:
             raise TargetError(f"{self.folder} runs on a GPU: {lacking}", hint=gpu.REMEDY)
-        _check_architecture(description["gpu"], self.folder)
         library = self.folder / LIBRARY
         check_whole(library, description)
+        _check_gpu(description["gpu"], library, self.folder)
 
         import tvm
         from tvm.runtime.vm import VirtualMachine
@@ -82,11 +82,14 @@ class CudaEngine:
         """Compute the outputs, by name. They belong to the caller.
 
         Raises DataError for a missing or unknown input, a wrong shape, or an element type that does not convert without
-        loss.
+        loss, and TargetError where the GPU refuses: it is out of memory, say.
         """
-        self.upload(feeds)
-        result = self.compute()
-        return {name: tensor.numpy() for name, tensor in zip(self._outputs, result, strict=True)}
+        try:
+            self.upload(feeds)
+            result = self.compute()
+            return {name: tensor.numpy() for name, tensor in zip(self._outputs, result, strict=True)}
+        except RuntimeError as error:
+            raise TargetError(f"the GPU cannot run {self.folder}: {last_line(error)}") from error
 
     def upload(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Copy the inputs to the GPU. Raises DataError as `run` does."""
@@ -130,19 +133,14 @@ def load_runtime() -> None:
         ) from error
 
 
-def _check_architecture(built_for: str, folder: Path) -> None:
-    """Machine code runs on its own architecture and on later ones of the same major number."""
-    here = gpu.architecture()
-    if here is None:
-        return
-    (major, minor), (own_major, own_minor) = _numbers(built_for), _numbers(here)
-    if major != own_major or minor > own_minor:
+def _check_gpu(built_for: str, library: Path, folder: Path) -> None:
+    """Raises ArtifactError for another GPU's machine code, TargetError where the constants alone exceed its memory."""
+    if not gpu.runs(built_for):
+        here = gpu.architecture()
         raise ArtifactError(
             f"{folder} was built for {built_for}, this machine's GPU is {here}",
             hint=f"build it with --target 'cuda{{arch={here}}}'",
         )
-
-
-def _numbers(arch: str) -> tuple[int, int]:
-    digits = arch.removeprefix("sm_")
-    return int(digits[:-1]), int(digits[-1])
+    there, needed = gpu.memory_bytes(), library.stat().st_size
+    if there is not None and needed > there:
+        raise TargetError(f"{folder} takes {needed >> 20} MB of the GPU's memory at least, which has {there >> 20} MB")

@@ -73,6 +73,29 @@ def architecture() -> str | None:
     return None if isinstance(driver, str) else _architecture(driver, 0)
 
 
+def runs(arch: str) -> bool:
+    """Whether the first GPU runs machine code made for `arch`: its own, or an earlier one of the same major number."""
+    here = architecture()
+    if here is None:
+        return False
+    (major, minor), (own_major, own_minor) = _numbers(arch), _numbers(here)
+    return major == own_major and minor <= own_minor
+
+
+def _numbers(arch: str) -> tuple[int, int]:
+    digits = arch.removeprefix("sm_")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def memory_bytes() -> int | None:
+    """Of the first GPU; None where there is none."""
+    driver = _driver()
+    if isinstance(driver, str):
+        return None
+    value = ctypes.c_size_t()
+    return value.value if driver.cuDeviceTotalMem_v2(ctypes.byref(value), 0) == 0 else None
+
+
 def multiprocessors() -> int | None:
     """Of the first GPU; None where there is none."""
     driver = _driver()

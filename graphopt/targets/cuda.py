@@ -97,7 +97,7 @@ class Cuda(Target):
 
     @property
     def runs_here(self) -> bool:
-        return self.host_arch == capabilities.host_arch() and gpu.missing() is None
+        return self.host_arch == capabilities.host_arch() and gpu.missing() is None and gpu.runs(self.gpu_arch)
 
     @property
     def times_kernels(self) -> bool:

@@ -191,9 +191,17 @@ def test_kernels_compute_what_onnx_runtime_does(graphs, emulated, tmp_path):
     made, feeds = convolutions(5)
     found = emulated(made, Cuda(arch="sm_80", graphs=graphs), feeds, times=3)  # a graph is recorded by the first run
     close(found, reference(made, feeds), sum_tolerance(24 * 9 * 4))
-    for wrong in ({"x": feeds["x"][..., :3]}, {"x": feeds["x"], "z": feeds["x"]}):
-        with pytest.raises(AssertionError, match="DataError"):
-            cuda_emulator.run(tmp_path / "built", wrong)
+    built = tmp_path / "built"
+    with pytest.raises(AssertionError, match="DataError: input 'x' has shape"):
+        cuda_emulator.run(built, {"x": feeds["x"][..., :3]})
+    for variable, value, said in (
+        ("ARCH", "75", "ArtifactError: .* was built for sm_80, this machine's GPU is sm_75"),
+        ("MEMORY", "1000", "TargetError: .* of the GPU's memory at least"),
+        ("ALLOCATION", "64", "TargetError: .* cannot run|ArtifactError: .* cannot be loaded"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match=said):
+            patch.setenv(f"GRAPHOPT_EMULATED_{variable}", value)
+            cuda_emulator.run(built, feeds)
 
 
 @needs_emulator

@@ -167,6 +167,10 @@ int cuDeviceGetAttribute(int* value, int which, int) {
   *value = which == 75 ? number / 10 : which == 76 ? number % 10 : which == 16 ? 80 : 0;
   return 0;
 }
+int cuDeviceTotalMem_v2(size_t* bytes, int) {
+  const char* memory = getenv("GRAPHOPT_EMULATED_MEMORY");
+  return *bytes = memory ? atol(memory) : (size_t)8 << 30, 0;
+}
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuGetErrorName(int, const char** text) { return *text = "emulated error", 0; }
 int cuGetErrorString(int, const char** text) { return *text = "emulated error", 0; }
@@ -238,6 +242,7 @@ int cudaDeviceGetAttribute(int* value, int which, int) {
 }
 int cudaGetDeviceProperties(void* properties, int) { return memset(properties, 0, 512), 0; }
 int cudaMalloc(void** address, size_t bytes) {
+  if (const char* limit = getenv("GRAPHOPT_EMULATED_ALLOCATION"); limit && bytes > atol(limit)) return 2;
   *address = aligned_alloc(256, (bytes + 255) / 256 * 256);
   return *address ? (memset(*address, 0xFF, bytes), 0) : 2;  // all ones are NaN in every float type
 }
