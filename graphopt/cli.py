@@ -102,7 +102,8 @@ def group() -> None:
 @click.option("-o", "--output", type=click.Path(), help="Artifact folder to write.")
 @click.option("--config", type=click.Path(), help="Options from a recipe.toml; the command line overrides it.")
 @click.option(
-    "--target", help="E.g. cpu, cpu{mcpu=cascadelake}; several, from rich to plain: a library for each. [default: cpu]"
+    "--target",
+    help="cpu{mcpu=cascadelake}, arm{device=rpi4}, ...; several, rich to plain: a library for each. [default: cpu]",
 )
 @click.option("--remote", help="Run and time on a device: HOST:PORT/KEY, or tracker:HOST:PORT/KEY. See docs/farm.md.")
 @click.option("--preset", help=f"Named pipeline: {', '.join(PRESETS)}. [default: exact]")
