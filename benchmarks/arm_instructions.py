@@ -165,11 +165,25 @@ def main() -> None:
     parser.add_argument("--cores", default="a53,a72,a76,max", help=f"of {', '.join(CORES)}")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--fresh", action="store_true", help="count graphopt's again")
+    parser.add_argument("--table-only", action="store_true", help="only what was counted before")
     args = parser.parse_args()
     cores, recipes = args.cores.split(","), args.recipes.split(",")
     unknown = (set(cores) - set(CORES)) | (set(recipes) - set(RECIPES))
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    rows = known_rows(args.out, args.models, cores, recipes) if args.table_only else counted_rows(args, cores, recipes)
+    text = "Millions of instructions an inference: graphopt's / ONNX Runtime's = ratio.\n\n"
+    text += "\n".join(table(rows, cores, recipe) for recipe in recipes)
+    (args.out / "arm.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def known_rows(out: Path, paths: list[Path], cores: list[str], recipes: list[str]) -> list[Row]:
+    files = [out / path.stem / f"{core}-{recipe}.json" for path in paths for recipe in recipes for core in cores]
+    return [Row(**json.loads(file.read_text())) for file in files if file.is_file()]
+
+
+def counted_rows(args: argparse.Namespace, cores: list[str], recipes: list[str]) -> list[Row]:
     peer = Peer(args.out / "onnxruntime")
     rows: list[Row] = []
     for path in args.models:
@@ -182,10 +196,7 @@ def main() -> None:
                     print(f"{path.stem} {core} {recipe}: {error}", file=sys.stderr, flush=True)
                 else:
                     print(f"{rows[-1]} {rows[-1].ratio:.3f}", file=sys.stderr, flush=True)
-    text = "Millions of instructions an inference: graphopt's / ONNX Runtime's = ratio.\n\n"
-    text += "\n".join(table(rows, cores, recipe) for recipe in recipes)
-    (args.out / "arm.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    return rows
 
 
 if __name__ == "__main__":
