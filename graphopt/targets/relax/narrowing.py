@@ -1,9 +1,10 @@
 """int32 to int8 with a zero point added and bounds kept: on ARM by saturating instructions, on vectors of 8 and 16.
 
-The form. `graphopt.narrow(x, zero_point, least, largest)` is an operator of graphopt's own, int32 -> int8, elementwise,
-pure and vectorisable: min(max(x + zero_point, least), largest). On ARM, such vectors become SQXTN to 16 bits, SQADD of
-the zero point and SQXTN to 8, each of which saturates, so that bounds cost something only where they are narrower than
-the type: half the instructions of additions, minima and maxima in 32 bits. Elsewhere the operator is these.
+The form. `graphopt.narrow_bytes(x, zero_point, least, largest)` is an operator of graphopt's own, int32 -> int8,
+elementwise, pure and vectorisable: min(max(x + zero_point, least), largest). On ARM, such vectors become SQXTN to 16
+bits, SQADD of the zero point and SQXTN to 8, each of which saturates, so that bounds cost something only where they are
+narrower than the type: half the instructions of additions, minima and maxima in 32 bits. Elsewhere the operator is
+these.
 
 Source: Arm Architecture Reference Manual for A-profile, C7.2 (SQXTN, SQADD).
 """
@@ -16,7 +17,7 @@ from typing import Any
 from graphopt.targets.relax import own_operators
 from graphopt.targets.relax.rounding import in_one, shuffle
 
-OPERATOR = "graphopt.narrow"
+OPERATOR = "graphopt.narrow_bytes"
 
 
 def narrowed(x, zero_point: int, least: int, largest: int):

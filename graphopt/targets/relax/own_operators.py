@@ -13,12 +13,16 @@ from typing import Any
 from graphopt.arm_cores import ARM_FEATURES
 from graphopt.capabilities import X86_FEATURES
 
+_registered: set[str] = set()
+
 
 def register(name: str, description: str, printed: str, lower: Callable[[Any, frozenset[str]], Any]) -> None:
-    """Make an operator known to TVM; call once a process. `printed` is its name in TVMScript.
+    """Make an operator known to TVM; call once a process, for each name. `printed` is its name in TVMScript.
 
     `lower(body, features)` returns a function's body without the operator, for a processor with these extensions.
     """
+    assert name not in _registered, f"{name} is taken"
+    _registered.add(name)
     import tvm
     from tvm.ir import _ffi_api, register_op_attr
     from tvm.tirx import compilation_pipeline
