@@ -123,7 +123,7 @@ def group() -> None:
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bf16", "fp16"]),
-    help="bf16, fp16 (GPUs): compile in 16 bits too; lossy, see `graphopt explain bf16`. [default: float32]",
+    help="bf16, fp16: compile in 16 bits too; lossy, see `graphopt explain fp16`. [default: float32]",
 )
 @click.option("--tune-seconds", type=float, help="Budget of the schedule search. [default: 60]")
 @click.option("--measure-seconds", type=float, help="Budget of the final paired run. [default: 15]")

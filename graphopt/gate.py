@@ -67,8 +67,8 @@ def choose(
     Latency may depend on the values fed (some kernels branch on them): who wins on one sample and loses on another
     has not won. Never one that is slower than the reference over all sessions, or clearly in any. Among those as
     fast as the fastest (see TIE; counts are exact and tie when equal) the smaller comes first, and float32 before
-    bf16. With `by_size` the one that takes the fewest bytes to run comes first (its compiled library, or its model
-    file), and of these the fastest.
+    bf16 and fp16. With `by_size` the one that takes the fewest bytes to run comes first (its compiled library, or its
+    model file), and of these the fastest.
     """
     compared = [c for c in candidates if c.record.speedup is not None]
     tie, level = (1.0, 1.0) if isinstance(result, Counts) else (TIE, LEVEL)

@@ -117,9 +117,9 @@ def _unmeasured(chosen: Candidate, target: Target, compiler: Compiler) -> Librar
 
 
 def _precision(chosen: Candidate, target: Target) -> str:
-    """bf16 where it was chosen and the target has it; float32 is no less accurate."""
-    can = isinstance(target, LlvmTarget) and target.can_bfloat16
-    return chosen.record.precision if can else "float32"
+    """bf16 or fp16 where it was chosen and the target has it; float32 is no less accurate."""
+    precision = chosen.record.precision
+    return precision if isinstance(target, LlvmTarget) and target.computes_in(precision) else "float32"
 
 
 def _in_float32(target: Target) -> Target:

@@ -6,7 +6,7 @@ cost shows in it: their time is shared out among the layers that were left float
 share go back to integers, for ROUNDS libraries at most. The fastest of them then races against all others, if its
 kernels take less time than the quantized candidate's: this stage proposes, the gate decides.
 
-Layers left float run in what the float candidate stores: float32, or bfloat16 with `--precision bf16`.
+Layers left float run in what the float candidate stores: float32, or 16 bits with `--precision bf16` or `fp16`.
 """
 
 from __future__ import annotations

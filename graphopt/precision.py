@@ -1,4 +1,4 @@
-"""Compile with images and weights in 16 bits: `--precision bf16`, or on GPUs `--precision fp16`.
+"""Compile with images and weights in 16 bits: `--precision bf16` or `--precision fp16`.
 
     y = round(f(round(x), round(w)))        round: float32 -> bfloat16, nearest even, 8 bits of significand
 
@@ -7,17 +7,20 @@ bfloat16. Products of bfloat16 numbers are exact in float32 and are summed there
 float32 in registers; a value is rounded once, where it is stored. Inputs and outputs of the model stay float32.
 
 float16 has 11 bits of significand, so its noise is 18 dB lower, but ends at 65504: a network whose images exceed that
-becomes infinite and is refused as wrong.
+becomes infinite and is refused as wrong. GPUs sum its products in float32, too. ARM cores compute in float16, twice as
+many numbers a vector: convolutions, matrix products with a constant and elementwise chains; sums are cut into runs of
+at most 160 terms. Softmax, normalization and means stay float32.
 
-Applies when: the target has amx_bf16 or avx512_bf16, or is a GPU with tensor cores for the type. Elsewhere it is
-refused, for emulation would be slower.
+Applies when: bf16: the target has amx_bf16 or avx512_bf16; fp16: it is an ARM core with asimdhp; either: it is a GPU
+with tensor cores for the type. Elsewhere it is refused, for emulation would be slower.
 
 Fidelity: lossy. Each stored value has a relative error of at most 2^-8 (2^-11 in float16). With evaluation data the
 candidate is judged by its accuracy through the compiled engine (`--max-drop`, or `--min-snr` where outputs are no
 classes); without, by the signal-to-noise ratio of every output on the verification samples, at least `--min-snr`. It is
 delivered only if it keeps the bound and is faster. Quantized variants are not compiled this way.
 
-Source: Kalamkar et al., A Study of BFLOAT16 for Deep Learning Training, arXiv:1905.12322, 2019.
+Source: Kalamkar et al., A Study of BFLOAT16 for Deep Learning Training, arXiv:1905.12322, 2019; Higham, Accuracy and
+Stability of Numerical Algorithms, 2nd edition, section 4.2 (sums in runs).
 """
 
 from __future__ import annotations
@@ -51,10 +54,13 @@ def settled(settings: Settings, target: Target) -> tuple[Settings, Target]:
     """`--precision bf16` and `cpu{precision=bf16}` mean the same: float32 stays a candidate, bfloat16 joins it. So does
     float16 with `fp16`.
 
-    Raises SpecError and TargetError as `narrowed` does, and SpecError where only ONNX Runtime is allowed.
+    Raises SpecError and TargetError as `narrowed` does, and SpecError where only ONNX Runtime is allowed, or where the
+    setting and the target say different things.
     """
     word = next((w for w, theirs in NARROW.items() if getattr(target, "precision", None) == theirs), None)
     if word is not None:
+        if settings.precision not in ("float32", word):
+            raise SpecError(f"--precision {settings.precision} and {target} contradict each other", hint="give one")
         settings = dataclasses.replace(settings, precision=cast(Precision, word))
         target = dataclasses.replace(target, precision="float32")  # pyright: ignore[reportCallIssue]
     if settings.precision in NARROW:

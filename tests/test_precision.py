@@ -16,6 +16,7 @@ from graphopt.cli import group
 from graphopt.errors import EXIT_ACCURACY, EXIT_DONE, SpecError, TargetError, VerificationError
 from graphopt.plugins import parse_target
 from graphopt.settings import Settings, read_recipe
+from graphopt.targets.arm import Arm
 from graphopt.targets.cpu import Cpu
 from graphopt.verify import OutputError
 
@@ -55,6 +56,25 @@ def test_it_needs_the_compiled_engine():
         precision.settled(Settings("m.onnx", precision="bf16", engine="onnxruntime"), Cpu(mcpu="sapphirerapids"))
 
 
+def test_float16_is_a_precision_of_some_processors():
+    by_target = precision.settled(Settings("m.onnx"), Arm(mcpu="cortex-a76", precision="float16"))
+    by_option = precision.settled(Settings("m.onnx", precision="fp16"), Arm(mcpu="cortex-a76"))
+    assert by_target == by_option
+    assert by_target[0].precision == "fp16" and by_target[1] == Arm(mcpu="cortex-a76")
+    assert precision.narrowed(by_target[1], "fp16") == Arm(mcpu="cortex-a76", precision="fp16")
+
+
+@pytest.mark.parametrize("target", [Arm(mcpu="cortex-a72"), Cpu(mcpu="sapphirerapids")])
+def test_float16_is_refused_elsewhere(target):
+    with pytest.raises(TargetError, match="has no float16 instructions"):
+        precision.settled(Settings("m.onnx", precision="fp16"), target)
+
+
+def test_settings_and_target_may_not_contradict():
+    with pytest.raises(SpecError, match="contradict"):
+        precision.settled(Settings("m.onnx", precision="bf16"), Arm(mcpu="cortex-a76", precision="fp16"))
+
+
 def test_unknown_words_are_refused():
     with pytest.raises(SpecError, match="unknown precision 'fp8'"):
         Settings("m.onnx", precision="fp8").resolved()  # pyright: ignore[reportArgumentType]
@@ -76,8 +96,9 @@ def test_noise_is_held_against_the_bound():
         precision.check_noise([OutputError("c", 0.1, math.inf, math.nan)], 20.0, "bf16")
 
 
-def test_explain_says_what_it_is():
-    said = CliRunner().invoke(group, ["explain", "bf16"], standalone_mode=False)
+@pytest.mark.parametrize("word", ["bf16", "fp16"])
+def test_explain_says_what_it_is(word):
+    said = CliRunner().invoke(group, ["explain", word], standalone_mode=False)
     assert "nearest even" in said.output and "Fidelity: lossy" in said.output
 
 

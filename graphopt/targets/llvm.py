@@ -26,9 +26,16 @@ from graphopt.targets.base import Devices, Lowered, Target, TuningReport
 if TYPE_CHECKING:
     from graphopt.targets.relax import ahead_of_time
 
-PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
+PRECISIONS = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+    "fp32": "float32", "bf16": "bfloat16", "fp16": "float16",
+}  # fmt: skip
 """What `precision` may be, and what it then is."""
-BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16"})
+PRECISION_FEATURES = {
+    "bfloat16": frozenset({"amx_bf16", "avx512_bf16"}),
+    "float16": frozenset({"asimdhp"}),
+}
+"""Of these a processor needs one to compute in the precision."""
 TVM_PIN = "0.27.0.post1"
 FFI_PIN = "0.1.14.post1"
 
@@ -52,7 +59,8 @@ class LlvmTarget(Target):
     """Base of targets whose kernels LLVM compiles; those are dataclasses with these fields. `threads` 0 means all
     processors.
 
-    `precision` is `float32` or `bfloat16` (or `bf16`): what images and weights are stored as between kernels.
+    `precision` is `float32`, `bfloat16` (or `bf16`) or `float16` (or `fp16`): what images and weights are stored as
+    between kernels; float16 is computed with, too (see `half`).
     `without` names templates and ideas to leave out, joined by `+` (`without=winograd+prefetch`): for measuring what
     each brings.
     """
@@ -87,16 +95,17 @@ class LlvmTarget(Target):
     def features(self) -> frozenset[str]:
         """The extensions that generated code may use, in /proc/cpuinfo's spelling."""
 
-    @property
-    def can_bfloat16(self) -> bool:
-        """Whether the processor has instructions for it."""
-        return bool(self.features & BFLOAT16_FEATURES)
+    def computes_in(self, precision: str) -> bool:
+        """Whether the processor has instructions for a precision."""
+        needed = PRECISION_FEATURES.get(PRECISIONS[precision])
+        return needed is None or bool(self.features & needed)
 
     def check_precision(self) -> None:
         """Raises TargetError where the processor has no instructions for `precision`."""
-        if self.precision == "bfloat16" and not self.can_bfloat16:
+        if not self.computes_in(self.precision):
+            needed = " or ".join(sorted(PRECISION_FEATURES[self.precision]))
             raise TargetError(
-                f"{self.llvm_cpu} has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FEATURES))})",
+                f"{self.llvm_cpu} has no {self.precision} instructions ({needed})",
                 hint="use precision float32",
             )
 
@@ -135,11 +144,14 @@ class LlvmTarget(Target):
 
     def form(self, integers: bool):
         """How values are stored; `integers`: the model multiplies bytes."""
+        from graphopt.targets.relax import half
         from graphopt.targets.relax.values import Form
 
         known = self.capabilities
         # A block of bytes fills a register of 16 bytes, as a block of float32 fills one of 64.
         width = 16 if integers and known.float_lanes < 16 and self.arch == "aarch64" else 0
+        if self.precision == "float16":
+            width = max(width, half.LANES)
         tiles = integers and "amx_int8" in self.features
         return Form(known.float_lanes, self.precision, tiles, known.activation_dtype, width)
 
@@ -149,12 +161,14 @@ class LlvmTarget(Target):
         Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated, and
         TargetError where an input is dynamic or TVM refuses a node.
         """
-        from graphopt.targets.relax import importer, layer_calls, pipeline
+        from graphopt.targets.relax import half, importer, layer_calls, pipeline
 
         self.check_precision()
         integers = importer.multiplies_bytes(model)
         imported = importer.import_model(model, self.form(integers))
         module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
+        if self.precision == "float16":
+            module = half.computed(module, self.machine())
         names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
         outputs = [str(v.name) for v in model.graph.outputs]
         return LoweredModel(

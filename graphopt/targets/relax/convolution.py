@@ -102,7 +102,8 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
     block = builder.block_for(out_channels)
     if data.blocked is None and (channels < 8 or (groups == 1 and channels % 2 and channels < builder.lanes)):
         lanes_in = 1  # read the plain tensor: its channels are planes
-        source = builder.reshape(builder.moved(data), (batch, channels, height * width, 1))
+        plane = builder.narrowed(data) if builder.halves else builder.moved(data)
+        source = builder.reshape(plane, (batch, channels, height * width, 1))
     else:
         source = builder.blocked(data)
         lanes_in = data.block

@@ -7,6 +7,7 @@ import numpy as np
 from graphopt.targets.relax import (
     block_weights,
     computes,
+    half,
     integer_layers,
     matmul,
 )
@@ -41,7 +42,7 @@ def product(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
             matrix = matrix.T
         matrix = matrix * np.float32(node.get("alpha", 1.0))
     rows = int(np.prod(data.shape[:-1]))
-    block = column_block(matrix.shape[1], rows, builder.lanes)
+    block = column_block(matrix.shape[1], rows, half.LANES if builder.halves else builder.lanes)
     packed = pack_matrix(matrix, block)
     product = builder.call(
         computes.matmul,

@@ -1,7 +1,8 @@
 """What the importer knows of each ONNX value: a constant, a plain Relax tensor, a blocked one, or several of these.
 
-Precision. With precision `bfloat16`, float32 images are bfloat16 in memory and float32 in registers. An emitter makes
-its result in float32; who asks for the value decides what becomes of it:
+Precision. With precision `bfloat16`, float32 images are bfloat16 in memory and float32 in registers; with
+`float16` likewise, and ARM computes some kernels in float16 afterwards (`half`). An emitter makes its result in
+float32; who asks for the value decides what becomes of it:
 
 - `Builder.wide`: an elementwise operator; where all the value's consumers are elementwise and end in one kernel
   (`Value.fuses`) it gets the producer's own float32 expression, which then never reaches memory;
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes, lookup
+from graphopt.targets.relax import bfloat16, computes, elementwise, half, integer_computes, lookup
 
 WHOLE, WHOLE_BYTES = 8, 16
 """Where all channels are one block, their number is a multiple of this: 16 bytes of float16, or of bytes."""
@@ -226,6 +227,11 @@ class Builder:
         """True when images are stored in 16 bits."""
         return self.precision in bfloat16.NARROW
 
+    @property
+    def halves(self) -> bool:
+        """True when kernels may compute in float16 vectors: what they read is better float16 too."""
+        return self.precision == bfloat16.HALF and self.lanes > 0
+
     def block_for(self, channels: int) -> int:
         """The channel block of a value: a full one, or a narrower one for a few channels, or where it pads fewer."""
         if not self.lanes:
@@ -233,6 +239,8 @@ class Builder:
             return -(-channels // step) * step
         if self.tiles and channels > 4:
             return 64 if channels > 32 else 32 if channels > 16 else 16
+        if self.halves:
+            return half.LANES if channels <= half.LANES else self.width
         if self.narrows:
             return 32 if channels > 16 else 16  # a vector of bfloat16, which is also a row of an AMX tile
         block = self.width
@@ -294,7 +302,7 @@ class Builder:
         """What a float32 Relax expression is in memory."""
         if not self.narrows or element_type(expression) != "float32":
             return expression
-        narrow = bfloat16.narrow if self.lanes else bfloat16.cast(self.precision)
+        narrow = bfloat16.narrow if self.precision == bfloat16.DTYPE and self.lanes else bfloat16.cast(self.precision)
         return self.call(elementwise.mapped(narrow, "narrow"), expression, pattern=ELEMENTWISE, name="narrow")
 
     def plain(self, value: Value):

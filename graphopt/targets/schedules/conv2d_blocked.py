@@ -111,10 +111,12 @@ def _tiles(
         if fitting is not None:
             most = fitting(outs * vectors)
         elif elements:
-            most = by_element.most_positions(outs * vectors)
+            most = by_element.most_positions(outs * vectors, workload.machine.lanes)
             if window.in_lanes == 1:
                 columns = window.columns
-                most = by_element.most_positions_in_planes(outs * vectors, columns.stride, columns.kernel)
+                most = by_element.most_positions_in_planes(
+                    outs * vectors, columns.stride, columns.kernel, workload.machine.lanes
+                )
         elif window.in_lanes > 1:
             most = (registers - 1) // (outs * vectors) - 1
         else:  # the compiler unrolls kw after all, and neighbouring outputs share scalars
@@ -168,7 +170,7 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
     half a cycle on the larger cores and one on the smaller."""
     vectors = max(window.out_lanes // workload.machine.lanes, 1)
     panels = window.in_blocks // panel
-    elements = by_element.LANES if _by_element(workload) else 0
+    elements = workload.machine.lanes if _by_element(workload) else 0
     total = 0.0
     for row in runs[0]:
         for column in runs[1]:
@@ -191,12 +193,11 @@ def _cycles(window: Window, workload: Workload, runs, panel: int, order: str) ->
                         if elements:
                             miss = arithmetic * FMA_PER_CYCLE / (positions * out.size * vectors)
                             contiguous = window.columns.stride == window.rows.stride == 1
-                            step = miss * by_element.instructions(positions, out.size * vectors, contiguous) / elements
+                            width = out.size * vectors
+                            step = miss * by_element.instructions(elements, positions, width, contiguous) / elements
                             if window.in_lanes == 1:
                                 reach = (len(b.outputs) - 1) * window.columns.stride + b.count
-                                step = miss * by_element.plane_instructions(
-                                    positions, out.size * vectors, reach, b.count
-                                )
+                                step = miss * by_element.plane_instructions(elements, positions, width, reach, b.count)
                         cycles += a.count * b.count * step * window.in_blocks * window.in_lanes
                 cycles += 2 * accumulators * (panels + 1) + 20 * panels
                 total += cycles * row.count * column.count * out.count

@@ -14,22 +14,24 @@ innermost because there are many: a short loop would be unrolled, and its loads 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax import half, stack_buffers
 from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Step, Tap, Window
 from graphopt.targets.schedules.loops import loop, loop_from, sequence
 from graphopt.targets.schedules.register_tiles import Run, Taps
-from graphopt.targets.schedules.workload import Kernel, Machine, Workload
+from graphopt.targets.schedules.workload import Kernel, Machine, Workload, divisors
 
 
 def applies(window: Window, machine: Machine) -> bool:
     """Whether this machine multiplies by an element, and there are vectors of numbers: blocks of channels, or rows of a
     plane."""
-    lanes = by_element.LANES
+    lanes = machine.lanes
     whole = window.in_lanes % lanes == 0
     return by_element.has(machine) and (whole or in_planes(window)) and window.out_lanes % lanes == 0
 
@@ -40,12 +42,27 @@ def in_planes(window: Window) -> bool:
 
 
 def reads_constants(workload: Workload, block) -> bool:
-    """Whether data and weight are float32, and the weight is a parameter: it must be stored in another order."""
+    """Whether data and weight are what the function computes with, and the weight is a parameter: it must be stored in
+    another order."""
     params = list(workload.func.params)
     sources = [r.source for r in block.reads]
     weight = next((each for each in sources if len(each.ty.shape) == 6), None)
     stored = weight is not None and any(weight.same_as(each) for each in params)
-    return stored and all(str(each.ty.dtype) == "float32" for each in sources)
+    return stored and all(str(each.ty.dtype) == workload.number for each in sources)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Sums of a tile in runs: of a row of the window each, or of some input blocks at one tap."""
+
+    cut: int
+    """Input blocks of a run."""
+    of_row: int
+    """Runs of a row of the window."""
+    number: int
+    by_tap: bool = False
+    summed: Callable[[Any, Any], Any] = lambda _run, body: body
+    """What makes the run of this number of the statements that add its products."""
 
 
 class ByElementLoops(ConvolutionLoops):
@@ -59,7 +76,7 @@ class ByElementLoops(ConvolutionLoops):
         self.given = self.weight
         self.place = next(i for i, p in enumerate(workload.func.params) if p.same_as(self.given))
         elements = window.groups * window.out_blocks * window.taps * window.out_lanes
-        self.packed = tirx.decl_buffer((elements,), "float32", "weight")
+        self.packed = tirx.decl_buffer((elements,), self.sum_type, "weight")
 
     def kernel(self, rows: int, columns: int, outs: int, *, panel: int, order: str, parallel: bool) -> Kernel:
         from tvm import tirx
@@ -72,7 +89,54 @@ class ByElementLoops(ConvolutionLoops):
         repack = partial(packed_weight, groups=self.window.groups, sizes=sizes, panel=panel)
         return Kernel(func, {self.place: repack})
 
-    def _accumulation(self, place, rows: Run, columns: Run, outs: int, plan, sums, cell: Callable[..., Any]) -> Any:
+    def _summed(self, place, rows: Run, columns: Run, outs: int, plan, sums, cell: Callable[..., Any], begin) -> Any:
+        """Begin, and add every product of the panel. In float16 run by run: each run's sums are laid aside, and added
+        up in the end."""
+        from tvm import tirx
+
+        runs = self._runs(rows, columns, outs, plan)
+        if runs is None:
+            return super()._summed(place, rows, columns, outs, plan, sums, cell, begin)
+        count = outs * rows.size * columns.size * self.vectors
+        aside = tirx.decl_buffer((runs.number, count * self.lanes), self.sum_type, "aside", scope="local")
+
+        def each(statement: Callable[[Any], Any]) -> Any:
+            return self._vector(lambda v: [statement(k * self.lanes + v) for k in range(count)])
+
+        def add(run) -> Any:
+            return each(lambda at: tirx.BufferStore(sums, sums[at] + aside[run, at], [at]))
+
+        def summed(run: Any, body: Any) -> Any:
+            clear = each(lambda at: tirx.BufferStore(sums, tirx.const(0, self.sum_type), [at]))
+            return sequence([clear, body, each(lambda at: tirx.BufferStore(aside, sums[at], [run, at]))])
+
+        products = self._accumulation(place, rows, columns, outs, plan, sums, cell, replace(runs, summed=summed))
+        if rows.is_clipped:
+            first, high = self.window.rows.clipped(place.row)
+            end = loop_from("run", first * runs.of_row, high * runs.of_row, add)
+        else:
+            end = loop("run", runs.number, add)
+        return sequence([tirx.AllocBuffer(aside), products, begin, end])
+
+    def _runs(self, rows: Run, columns: Run, outs: int, plan) -> _Runs | None:
+        """How a tile's sums are cut into runs; None where they are one."""
+        window = self.window
+        across = sum(b.count for b in columns.taps)
+        high = window.rows.kernel if rows.is_clipped else sum(a.count for a in rows.taps)
+        terms = plan.panel * window.in_lanes
+        if self.sum_type != "float16" or terms * across * high <= half.TERMS:
+            return None
+        bytes_of_run = outs * rows.size * columns.size * window.out_lanes * 2
+        most = max(half.TERMS, terms * across * high * bytes_of_run // stack_buffers.MOST_BYTES)
+        if terms * max(b.count for b in columns.taps) <= most:
+            return _Runs(plan.panel, len(columns.taps), high * len(columns.taps))
+        cut = divisors(plan.panel, max(most // window.in_lanes, 1))[-1]
+        of_row = across * (plan.panel // cut)
+        return _Runs(cut, of_row, high * of_row, by_tap=True)
+
+    def _accumulation(
+        self, place, rows: Run, columns: Run, outs: int, plan, sums, cell: Callable[..., Any], runs: _Runs | None = None
+    ) -> Any:
         window = self.window
         width = outs * window.out_lanes
         first = (place.group * window.out_blocks + place.out) * (window.taps * window.out_lanes)
@@ -81,7 +145,7 @@ class ByElementLoops(ConvolutionLoops):
         if window.in_lanes == 1:
             return self._in_planes(place, rows, columns, outs, plan, first, sums, cell)
 
-        def at_tap(a: Tap, b: Tap) -> Any:
+        def at_tap(a: Tap, b: Tap, turn: Any) -> Any:
             tap = a.tap * window.columns.kernel + b.tap
 
             def at_block(ico) -> Any:
@@ -89,27 +153,43 @@ class ByElementLoops(ConvolutionLoops):
                 step = Step(place, a, b, outs, place.panel * plan.panel + ico, 0)
                 return self._step(step, start, width, sums, cell)
 
-            return loop("ico", plan.panel, at_block)
+            if runs is None or not runs.by_tap:
+                return loop("ico", plan.panel, at_block)
+            summed, cut, parts = runs.summed, runs.cut, plan.panel // runs.cut
 
-        def at_taps(a: Tap, b: Taps) -> Any:
-            return loop("kw", b.count, lambda j: at_tap(a, Tap(b.first + j, b.outputs)))
+            def at_part(part) -> Any:
+                return summed(turn * parts + part, loop("ico", cut, lambda i: at_block(part * cut + i)))
+
+            return loop("part", parts, at_part)
+
+        across = sum(b.count for b in columns.taps)
+
+        def at_taps(a: Tap, b: Taps, row: Any) -> Any:
+            number = columns.taps.index(b)
+            first_turn = row * across + sum(each.count for each in columns.taps[:number])
+            line = loop("kw", b.count, lambda j: at_tap(a, Tap(b.first + j, b.outputs), first_turn + j))
+            if runs is None or runs.by_tap:
+                return line
+            return runs.summed(row * runs.of_row + number, line)
 
         return self._over_taps(place, rows, columns, at_taps)
 
-    def _over_taps(self, place, rows: Run, columns: Run, at: Callable[[Tap, Taps], Any]) -> Any:
-        """Loops over the window's rows, and what is `at` each of them for each run of taps along the columns."""
-        statements = []
+    def _over_taps(self, place, rows: Run, columns: Run, at: Callable[[Tap, Taps, Any], Any]) -> Any:
+        """Loops over the window's rows, and what is `at` each of them for each run of taps along the columns; `at` gets
+        the number of the row, too: in the window, or, where it is known which rows are inside, among these."""
+        statements, above = [], 0
         for a in rows.taps:
             for b in columns.taps:
 
-                def at_kh(i, a=a, b=b) -> Any:
-                    return at(Tap(a.first + i, a.outputs), b)
+                def at_kh(i, a=a, b=b, above=above) -> Any:
+                    return at(Tap(a.first + i, a.outputs), b, above + i)
 
                 if rows.is_clipped:
                     begin, count = self.window.rows.clipped(place.row)
                     statements.append(loop_from("kh", begin, count, at_kh))
                 else:
                     statements.append(loop("kh", a.count, at_kh))
+            above += a.count
         return sequence(statements)
 
     def _in_planes(self, place, rows: Run, columns: Run, outs: int, plan, first, sums, cell: Callable[..., Any]) -> Any:
@@ -117,7 +197,7 @@ class ByElementLoops(ConvolutionLoops):
         window, width = self.window, outs * self.window.out_lanes
         axis = window.columns
 
-        def at(a: Tap, b: Taps) -> Any:
+        def at(a: Tap, b: Taps, _row: Any) -> Any:
             count = (b.outputs[-1] - b.outputs[0]) * axis.stride + b.count
 
             def at_plane(ico) -> Any:
@@ -144,23 +224,23 @@ class ByElementLoops(ConvolutionLoops):
         beyond is read: the last vector overlaps the one before it."""
         from tvm import tirx
 
-        lanes = by_element.LANES
+        lanes = self.lanes
         *front, position, lane = self._read(step, row, step.columns.outputs[0])
         if count < lanes:
             wide: Any = lanes
             return [tirx.Broadcast(self.data[(*front, position + i, lane)], wide) for i in range(count)]
         starts = [*range(0, count - lanes + 1, lanes), *([count - lanes] if count % lanes else [])]
-        held = [_held(statements, self.data, (*front, position + start, 0)) for start in starts]
-        return [by_element.spread(held[i // lanes], i - starts[i // lanes]) for i in range(count)]
+        held = [self._held(statements, self.data, (*front, position + start, 0)) for start in starts]
+        return [by_element.spread(held[i // lanes], i - starts[i // lanes], lanes) for i in range(count)]
 
     def _step(self, step: Step, start: Any, width: int, sums, cell: Callable[..., Any]) -> Any:
         """Add the products of one tap and one block of input channels; `start`: the first weight."""
         statements: list[Any] = []
         positions = [(row, column) for row in step.rows.outputs for column in step.columns.outputs]
-        for first in range(0, self.window.in_lanes, by_element.LANES):
-            numbers = {at: _held(statements, self.data, (*self._read(step, *at)[:-1], first)) for at in positions}
-            for element in range(by_element.LANES):
-                found = {at: by_element.spread(vector, element) for at, vector in numbers.items()}
+        for first in range(0, self.window.in_lanes, self.lanes):
+            numbers = {at: self._held(statements, self.data, (*self._read(step, *at)[:-1], first)) for at in positions}
+            for element in range(self.lanes):
+                found = {at: by_element.spread(vector, element, self.lanes) for at, vector in numbers.items()}
                 self._add(statements, found, step.outs, start + (first + element) * width, sums, cell)
         return sequence(statements)
 
@@ -172,26 +252,24 @@ class ByElementLoops(ConvolutionLoops):
 
         for out in range(outs):
             for vector in range(self.vectors):
-                weight = _held(statements, self.packed, [start + (out * self.vectors + vector) * by_element.LANES])
+                weight = self._held(statements, self.packed, [start + (out * self.vectors + vector) * self.lanes])
                 for position, number in numbers.items():
-                    to = _ramp(cell(out, *position, vector, 0))
+                    to = _ramp(cell(out, *position, vector, 0), self.lanes)
                     statements.append(tirx.BufferStore(sums, sums[to] + number * weight, [to]))
 
+    def _held(self, statements: list[Any], buffer, at: Sequence[Any]) -> Any:
+        """A variable with the vector of `buffer` that begins at `at`."""
+        from tvm import tirx
 
-def _held(statements: list[Any], buffer, at: Sequence[Any]) -> Any:
-    """A variable with the vector of `buffer` that begins at `at`."""
-    from tvm import tirx
-
-    variable = tirx.Var("held", f"float32x{by_element.LANES}")
-    statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], _ramp(at[-1])])))
-    return variable
+        variable = tirx.Var("held", f"{self.sum_type}x{self.lanes}")
+        statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], _ramp(at[-1], self.lanes)])))
+        return variable
 
 
-def _ramp(first: Any) -> Any:
+def _ramp(first: Any, lanes: Any) -> Any:
     from tvm import tirx
 
     start = tirx.const(first, "int32") if isinstance(first, int) else first
-    lanes: Any = by_element.LANES
     return tirx.Ramp(start, tirx.const(1, "int32"), lanes)
 
 

@@ -94,8 +94,8 @@ class ConvolutionLoops:
     """Writes the loops of a workload whose anchor is `ANCHOR` and whose only other producer is `pad`."""
 
     ANCHOR = "conv2d"
-    SUM = "float32"
-    """Element type of the sums."""
+    SUM = ""
+    """Element type of the sums, where it is not the workload's `number`."""
     START = ""
     """The block behind the anchor that adds what sums start from, if there is one: one number a channel."""
     at_once = 1
@@ -105,6 +105,7 @@ class ConvolutionLoops:
         from tvm.ir.expr import TensorLoad
 
         self.func = workload.func
+        self.sum_type = self.SUM or workload.number
         self.block = workload.blocks[self.ANCHOR]
         self.window = Window.of(self.block)
         out_lanes, lanes = self.window.out_lanes, workload.machine.lanes
@@ -191,7 +192,7 @@ class ConvolutionLoops:
             )  # fmt: skip
 
         def in_panels(n, group, k) -> Any:
-            waiting = tirx.decl_buffer((plan.tiles * largest * self.lanes,), self.SUM, "waiting")
+            waiting = tirx.decl_buffer((plan.tiles * largest * self.lanes,), self.sum_type, "waiting")
 
             def of_run(run, i) -> Any:
                 def at(p, t) -> Any:
@@ -239,8 +240,8 @@ class ConvolutionLoops:
 
         lanes = self.lanes
         per_out = rows.size * columns.size * self.vectors
-        sums = tirx.decl_buffer((outs * per_out * lanes,), self.SUM, "sums", scope="local")
-        zero = tirx.const(0, self.SUM)
+        sums = tirx.decl_buffer((outs * per_out * lanes,), self.sum_type, "sums", scope="local")
+        zero = tirx.const(0, self.sum_type)
         every = range(outs * per_out)
 
         def cell(out, row, column, vector, v):

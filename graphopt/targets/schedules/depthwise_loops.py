@@ -31,7 +31,7 @@ class Window:
     rows: Axis
     columns: Axis
     load_instructions: int
-    """To have a vector of the input in float32."""
+    """To have a vector of the input in registers."""
 
     @classmethod
     def of(cls, workload: Workload) -> Window | None:
@@ -40,7 +40,10 @@ class Window:
         if block is None or WINDOW not in block.annotations:
             return None
         names = list(workload.blocks)
-        if set(names[: names.index(str(block.name_hint))]) - {"pad"} or str(block.writes[0].source.dtype) != "float32":
+        if (
+            set(names[: names.index(str(block.name_hint))]) - {"pad"}
+            or str(block.writes[0].source.dtype) != workload.number
+        ):
             return None
         if "pad" in workload.blocks and len(_loads(workload.blocks["pad"].body)) != 1:
             return None
@@ -78,7 +81,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Held:
-    """What a tile has in registers: float32 vectors, one behind the other."""
+    """What a tile has in registers: vectors, one behind the other."""
 
     sums: Any
     inputs: Any
@@ -96,7 +99,7 @@ class DepthwiseLoops:
         window = Window.of(workload)
         assert window is not None
         self.window = window
-        self.func = workload.func
+        self.func, self.number = workload.func, workload.number
         block: Any = workload.anchor(*ANCHORS)
         epilogue = epilogue_of(workload, str(block.name_hint))
         assert epilogue is not None
@@ -173,7 +176,7 @@ class DepthwiseLoops:
     def _registers(self, count: int, name: str) -> Any:
         from tvm import tirx
 
-        return tirx.decl_buffer((max(count, 1) * self.lanes,), "float32", name, scope="local")
+        return tirx.decl_buffer((max(count, 1) * self.lanes,), self.number, name, scope="local")
 
     def _output(self, place: _Place, row: int, column: int) -> Any:
         return (place.row + row) * self.window.columns.extent + place.column + column

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.targets.relax import half
+from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.workload import Machine, Workload, extents, new_schedule, nodes
 
 DEPTH = 16
@@ -131,6 +133,8 @@ def register_tiles(rows: int, columns: int, machine: Machine) -> list[dict[str, 
         if vectors > 1 and vectors * lanes >= columns + lanes:
             continue
         most = min((machine.registers - vectors - 1) // vectors, 14)
+        if machine.lanes == half.LANES and by_element.has(machine):
+            most = min(most, by_element.most_positions(vectors, machine.lanes))
         for height in row_tile(rows, most)[:2]:
             padded = -(-columns // (vectors * lanes)) * vectors * lanes / columns * -(-rows // height) * height / rows
             latency = max(8 / (height * vectors), 1)
@@ -154,6 +158,18 @@ class Nest:
     """Pieces of the common axis; the partial sums of all but the last are kept in memory."""
     band: int
     """Row tiles whose left operand is copied at a time."""
+    number: str = "float32"
+    """What is multiplied and added. float16 is multiplied by elements of vectors, and the sums of each piece of the
+    common axis are a run of their own (`half`)."""
+
+    @property
+    def is_half(self) -> bool:
+        return self.number == "float16"
+
+    @property
+    def step(self) -> int:
+        """Steps along the common axis that are unrolled."""
+        return self.lanes if self.is_half else STEP
 
     @property
     def width(self) -> int:
@@ -198,12 +214,12 @@ def emit(
     height, lanes, width = nest.tile, nest.lanes, nest.width
     bands = -(-nest.tiles // nest.band)
     depths = nest.piece // DEPTH
-    copied: Any = T.sblock_alloc_buffer((nest.band, depths, height, DEPTH), "float32", scope="global")
+    copied: Any = T.sblock_alloc_buffer((nest.band, depths, height, DEPTH), nest.number, scope="global")
     partial: Any = None
     if nest.chunks > 1:
-        partial = T.sblock_alloc_buffer((nest.panels, nest.band, height * width), "float32", scope="global")
+        partial = T.sblock_alloc_buffer((nest.panels, nest.band, height * width), nest.number, scope="global")
 
-    zero = T.broadcast(T.float32(0), lanes)
+    zero = T.broadcast(tirx.const(0, nest.number), lanes)
 
     def first_row(tile):
         return tirx.min(tile * height, nest.rows - height)
@@ -211,7 +227,8 @@ def emit(
     def each(count: Any) -> Any:
         return T.parallel(0, count) if parallel else T.serial(0, count)
 
-    steps = (nest.piece if nest.chunks > 1 else -(-nest.depth // STEP) * STEP) // STEP
+    steps = (nest.piece if nest.chunks > 1 else -(-nest.depth // nest.step) * nest.step) // nest.step
+    resumes = nest.chunks > 1 and not nest.is_half
     with T.serial(0, bands) as band:
         count = nest.band if bands == 1 else tirx.min(nest.band, nest.tiles - band * nest.band)
         if nest.chunks > 1:  # written here, so that the sums outlive a turn of the next loop
@@ -221,34 +238,57 @@ def emit(
             with each(count) as tile:
                 _copy_left(nest, copied, tile, first_row(band * nest.band + tile), chunk, left)
             with each(nest.panels) as j, T.serial(0, count) as tile:
-                sums: Any = T.alloc_buffer((height * width,), "float32", scope="local")
+                sums: Any = T.alloc_buffer((height * width,), nest.number, scope="local")
                 vectors = [T.ramp(i * lanes, 1, lanes) for i in range(height * nest.vectors)]
 
                 for ramp in vectors:
-                    T.buffer_store(sums, zero if nest.chunks == 1 else partial[j, tile, ramp], [ramp])
+                    T.buffer_store(sums, partial[j, tile, ramp] if resumes else zero, [ramp])
                 with T.serial(0, steps) as step:
                     if prefetch is not None:
                         lines = -(-nest.panel_elements // (DEPTH * nest.tiles * steps))
                         number = ((band * nest.band + tile) * steps + step) * lines
                         for statement in prefetch(chunk, j + 1, number, lines):
                             T.evaluate(statement.value)
-                    for i in range(STEP):
-                        k = step * STEP + i
+                    numbers = _numbers(nest, copied, tile, step)
+                    for i in range(nest.step):
+                        k = step * nest.step + i
                         weights = [panel(chunk, j, k * width + v * lanes) for v in range(nest.vectors)]
                         for r in range(height):
-                            scalar = T.broadcast(copied[tile, k // DEPTH, r, k % DEPTH], lanes)
+                            if nest.is_half:
+                                scalar = by_element.spread(numbers[r], i, lanes)
+                            else:
+                                scalar = T.broadcast(copied[tile, k // DEPTH, r, k % DEPTH], lanes)
                             for v, weight in enumerate(weights):
                                 ramp = vectors[r * nest.vectors + v]
                                 T.buffer_store(sums, sums[ramp] + scalar * weight, [ramp])
 
                 def keep(j=j, tile=tile, sums=sums, vectors=vectors):
                     for ramp in vectors:
-                        T.buffer_store(partial, sums[ramp], [j, tile, ramp])
+                        value = sums[ramp] if resumes else partial[j, tile, ramp] + sums[ramp]
+                        T.buffer_store(partial, value, [j, tile, ramp])
 
                 def finish(j=j, tile=tile, sums=sums, vectors=vectors):
+                    if nest.chunks > 1 and not resumes:
+                        for ramp in vectors:
+                            T.buffer_store(sums, partial[j, tile, ramp] + sums[ramp], [ramp])
                     _store_tile(nest, sums, vectors, j, first_row(band * nest.band + tile), store)
 
                 _either(chunk > nest.chunks - 2 if nest.chunks > 1 else None, finish, keep)
+
+
+def _numbers(nest: Nest, copied, tile, step) -> list[Any]:
+    """A vector of each row's next numbers, where these are multiplied by element."""
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as T
+
+    if not nest.is_half:
+        return []
+    first = step * nest.step
+    found = []
+    for r in range(nest.tile):
+        place = [tile, first // DEPTH, r, T.ramp(first % DEPTH, 1, nest.lanes)]
+        found.append(tirx.BufferLoad(copied, place))
+    return found
 
 
 def _either(condition, first: Callable[[], Any], second: Callable[[], Any]) -> None:
@@ -285,7 +325,7 @@ def _copy_piece(nest: Nest, copied, tile, row, begin, end: int | None, left) -> 
     from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
-    zero = tirx.const(0, "float32")
+    zero = tirx.const(0, nest.number)
     length = nest.piece if end is None else end - begin
     full, rest = divmod(length, DEPTH)
     if full:
@@ -308,7 +348,7 @@ def _store_tile(nest: Nest, sums, vectors, j, row, store) -> None:
     from tvm.script.ir_builder import tirx as T
 
     height, lanes, width = nest.tile, nest.lanes, nest.width
-    tile: Any = T.alloc_buffer((height, width), "float32", scope="local")
+    tile: Any = T.alloc_buffer((height, width), nest.number, scope="local")
     for i, ramp in enumerate(vectors):
         place = T.ramp(i % nest.vectors * lanes, 1, lanes)
         T.buffer_store(tile, sums[ramp], [i // nest.vectors, place])

@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax import half
 from graphopt.targets.relax.computes import COLUMNS
 from graphopt.targets.schedules import gemm, prefetch
 from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Kernel, Workload, annotation, work
 
 NAME = "matmul_blocked"
 VERSION = 1
+PIECE = 800
+"""Most steps of a piece of k."""
 LEFT_BYTES = 640 << 10
 """What of the left operand is copied at a time: it shares the second-level cache with a panel and the results."""
 
@@ -34,7 +37,7 @@ def match(workload: Workload) -> list[Decision] | None:
     if block is None:
         return None
     fused = gemm.read_fused(workload, "packed_matmul")
-    if fused is None or str(fused.product.dtype) != "float32" or _weight_index(workload, fused) is None:
+    if fused is None or str(fused.product.dtype) != workload.number or _weight_index(workload, fused) is None:
         return None
     rows, columns = math.prod(fused.extents[:-2]), fused.out_shape[-1]
     if rows < 2:
@@ -53,10 +56,10 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     assert fused is not None and index is not None
     block = workload.blocks["packed_matmul"]
     lead, depth = fused.extents[:-2], fused.extents[-1]
-    nest = blocking(math.prod(lead), fused.out_shape[-1], depth, decision, workload.machine.lanes)
+    nest = blocking(math.prod(lead), fused.out_shape[-1], depth, decision, workload.machine.lanes, workload.number)
     params = list(workload.func.params)
     shape = (nest.chunks, nest.panels, nest.panel_elements)
-    weight: tirx.Buffer = tirx.decl_buffer(shape, "float32", "weight")
+    weight: tirx.Buffer = tirx.decl_buffer(shape, nest.number, "weight")
     params[index] = weight
     *axes, _column, k_axis = fused.axes
 
@@ -85,15 +88,16 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     return Kernel(func, {index: lambda packed: repack(packed, nb, nest)})
 
 
-def blocking(rows: int, columns: int, depth: int, decision: Decision, lanes: int) -> gemm.Nest:
-    """The nest of a decision: pieces of k and bands of rows such that the copied left operand fits LEFT_BYTES."""
+def blocking(rows: int, columns: int, depth: int, decision: Decision, lanes: int, number: str = "float32") -> gemm.Nest:
+    """The nest of a decision: pieces of k and bands of rows such that the copied left operand fits LEFT_BYTES; in
+    float16 a piece is a run of a sum."""
     height = decision["rows"]
-    chunks = max(-(-depth // 800), 1)
+    chunks = max(-(-depth // (half.TERMS if number == "float16" else PIECE)), 1)
     piece = -(-depth // chunks)
     tiles = -(-rows // height)
     band = max(min(tiles, LEFT_BYTES // (4 * piece * height)), 1)
     bands = -(-tiles // band)
-    return gemm.Nest(rows, columns, depth, height, decision["vectors"], lanes, chunks, -(-tiles // bands))
+    return gemm.Nest(rows, columns, depth, height, decision["vectors"], lanes, chunks, -(-tiles // bands), number)
 
 
 def repack(packed: np.ndarray, block: int, nest: gemm.Nest) -> np.ndarray:

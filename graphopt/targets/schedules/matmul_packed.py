@@ -41,7 +41,7 @@ def match(workload: Workload) -> list[Decision] | None:
     For one row, also {ahead}: how many bytes of the weight ahead are requested.
     """
     block = workload.anchor("packed_matmul")
-    if block is None or matmul_row.takes(workload):
+    if block is None or matmul_row.takes(workload) or workload.number != "float32":
         return None
     nb = annotation(block, COLUMNS)
     *lead, _columns, depth = extents(block)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from graphopt.targets.relax import half
 from graphopt.targets.relax.bfloat16 import DTYPE, widen
 from graphopt.targets.schedules import amx, prefetch
 from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
@@ -70,7 +71,7 @@ def row_of(workload: Workload) -> Row | None:
     data, weight = places
     shape, packed = ([int(d) for d in params[i].ty.shape] for i in places)
     dtype = str(params[weight].ty.dtype)
-    if dtype not in ("float32", DTYPE) or str(params[data].ty.dtype) != dtype:
+    if dtype not in (workload.number, DTYPE) or str(params[data].ty.dtype) != dtype:
         return None
     if len(packed) != 3 or packed[1] != shape[-1] or math.prod(shape[:-1]) != 1 or shape[-1] < 1:
         return None
@@ -109,7 +110,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
 
 
 def pack_weight(weight: np.ndarray, streams: int, vectors: int) -> np.ndarray:
-    """(N / nb, K, nb) -> (groups, streams, K, vectors, 16) float32, or of bfloat16 (.., ceil(K / 2), ..) uint32.
+    """(N / nb, K, nb) -> (groups, streams, K, vectors, 16), or of bfloat16 (.., ceil(K / 2), ..) uint32.
 
     The last group's columns end at N, so that it repeats some of the group's before. Of a pair of inputs the first is
     the lower half.
@@ -119,7 +120,7 @@ def pack_weight(weight: np.ndarray, streams: int, vectors: int) -> np.ndarray:
     matrix = weight.transpose(1, 0, 2).reshape(depth, columns)
     starts = [min(at, columns - width) for at in range(0, columns, width)]
     chosen = np.concatenate([np.arange(start, start + width) for start in starts])
-    if weight.dtype.itemsize == 2:
+    if weight.dtype.itemsize == 2 and weight.dtype != np.float16:
         bits = matrix.view(np.uint16)[:, chosen]
         bits = np.concatenate([bits, np.zeros((depth % 2, len(chosen)), np.uint16)])
         pairs = np.ascontiguousarray(bits.reshape(-1, 2, len(chosen)).transpose(0, 2, 1))
@@ -209,36 +210,76 @@ class _Writer:
     def _group(self, group) -> None:
         T = amx.ir()
 
-        sums: Any = T.alloc_buffer((self.streams * self.vectors, COLUMNS), "float32", scope="local")
         parts = [(s, v) for s in range(self.streams) for v in range(self.vectors)]
-        for part in range(len(parts)):
-            with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
-                T.buffer_store(sums, T.float32(0), [part, lane])
-        with T.serial(self.number(0), self.number(self.row.steps)) as step:
-            for part, (stream, vector) in enumerate(parts):
-                if self.ahead:
-                    later = self.weight[group, stream, step + self.ahead // self.vectors, vector, 0]
-                    T.evaluate(prefetch.element(later).value)
-                for half in range(self.row.pack):
-                    with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
-                        factor = self._factor(self.weight[group, stream, step, vector, lane], half)
-                        T.buffer_store(sums, sums[part, lane] + factor * self._input(step, half), [part, lane])
+        if self.workload.number == "float16":
+            sums = self._in_runs(group, parts)
+        else:
+            sums = self._registers(parts)
+            self._add(sums, group, parts, 0, self.row.steps)
         start = amx.minimum(group * self.width, self.number(self.row.columns - self.width))
         for part in range(len(parts)):
             with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
                 place = self._at(start + part * COLUMNS + lane)
                 T.buffer_store(self.output, self.epilogue.at(place, sums[part, lane], self.renamed), place)
 
-    def _input(self, step, half: int) -> Any:
+    def _in_runs(self, group, parts) -> Any:
+        """The sums of all inputs, each of runs that are added up by themselves (`half`)."""
+        T = amx.ir()
+
+        totals = self._registers(parts)
+
+        def run(first: Any, steps: int) -> None:
+            sums = self._registers(parts)
+            self._add(sums, group, parts, first, steps)
+            for part in range(len(parts)):
+                with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
+                    T.buffer_store(totals, totals[part, lane] + sums[part, lane], [part, lane])
+
+        whole, rest = divmod(self.row.steps, half.TERMS)
+        if whole:
+            with T.serial(self.number(0), self.number(whole)) as number:
+                run(number * half.TERMS, half.TERMS)
+        if rest:
+            run(whole * half.TERMS, rest)
+        return totals
+
+    def _registers(self, parts) -> Any:
+        """Sums of zero."""
+        from tvm import tirx
+
+        T = amx.ir()
+
+        made: Any = T.alloc_buffer((len(parts), COLUMNS), self.workload.number, scope="local")
+        for part in range(len(parts)):
+            with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
+                T.buffer_store(made, tirx.const(0, self.workload.number), [part, lane])
+        return made
+
+    def _add(self, sums, group, parts, first: Any, steps: int) -> None:
+        """Add the products of `steps` elements of the weight's columns, from number `first` on."""
+        T = amx.ir()
+
+        with T.serial(self.number(0), self.number(steps)) as turn:
+            step = turn if isinstance(first, int) and first == 0 else first + turn
+            for part, (stream, vector) in enumerate(parts):
+                if self.ahead:
+                    later = self.weight[group, stream, step + self.ahead // self.vectors, vector, 0]
+                    T.evaluate(prefetch.element(later).value)
+                for which in range(self.row.pack):
+                    with T.vectorized(self.number(0), self.number(COLUMNS)) as lane:
+                        factor = self._factor(self.weight[group, stream, step, vector, lane], which)
+                        T.buffer_store(sums, sums[part, lane] + factor * self._input(step, which), [part, lane])
+
+    def _input(self, step, which: int) -> Any:
         if self.row.pack == 2:
-            return self.inputs[step * 2 + half]
+            return self.inputs[step * 2 + which]
         return self.data[tuple(self._at(step))]
 
-    def _factor(self, element, half: int) -> Any:
+    def _factor(self, element, which: int) -> Any:
         """float32 of one of a pair of bfloat16: the bits are its upper half."""
         from tvm import tirx
 
         if self.row.pack == 1:
             return element
-        high = element & tirx.const(0xFFFF0000, "uint32") if half else element << tirx.const(16, "uint32")
+        high = element & tirx.const(0xFFFF0000, "uint32") if which else element << tirx.const(16, "uint32")
         return tirx.reinterpret("float32", high)

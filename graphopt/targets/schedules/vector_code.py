@@ -12,9 +12,11 @@ from typing import Any
 
 
 class Code:
-    """TIR statements in the order of execution; loops and branches are context managers."""
+    """TIR statements in the order of execution; loops and branches are context managers. `number`: the type of
+    vectors' elements."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: str = "float32") -> None:
+        self.number = number
         self._open: list[list[Any]] = [[]]
 
     def add(self, statement: Any) -> None:
@@ -49,10 +51,10 @@ class Code:
         self.add(inside if condition is True else tirx.IfThenElse(condition, inside, None))
 
     def allocate(self, name: str, elements: int, *, registers: bool = False) -> Any:
-        """A flat float32 buffer for what follows: memory, or a few vectors that the compiler keeps in registers."""
+        """A flat buffer of numbers for what follows: memory, or a few vectors that the compiler keeps in registers."""
         from tvm import tirx
 
-        buffer = tirx.decl_buffer((elements,), "float32", name, scope="local" if registers else "global")
+        buffer = tirx.decl_buffer((elements,), self.number, name, scope="local" if registers else "global")
         self.add(tirx.AllocBuffer(buffer))
         return buffer
 
@@ -68,7 +70,7 @@ class Code:
         """A register that holds the value of an expression."""
         from tvm import tirx
 
-        variable = tirx.Var("v", f"float32x{lanes}")
+        variable = tirx.Var("v", f"{self.number}x{lanes}")
         self.add(tirx.Bind(variable, expression))
         return Vector(self, variable, lanes)
 
@@ -83,7 +85,13 @@ class Code:
         return self.vector(_broadcast(tirx.BufferLoad(buffer, _wholes(indices)), lanes), lanes)
 
     def zero(self, lanes: int) -> Vector:
-        return Vector(self, _constant(0.0, lanes), lanes)
+        return Vector(self, self.constant(0.0, lanes), lanes)
+
+    def constant(self, value: float, lanes: int) -> Any:
+        """An expression: a number in all lanes."""
+        from tvm import tirx
+
+        return _broadcast(tirx.const(value, self.number), lanes)
 
     def store(self, buffer: Any, indices: list[Any], value: Vector) -> None:
         """Write a vector to neighbouring elements along the last axis."""
@@ -126,8 +134,10 @@ class Vector:
     def _plus(self, vector: Vector, factor: float) -> Vector:
         from tvm import tirx
 
-        operands = vector.expression, _constant(factor, self.lanes), self.expression
-        return self.code.vector(tirx.call_llvm_pure_intrin(f"float32x{self.lanes}", "llvm.fma", *operands), self.lanes)
+        code = self.code
+        operands = vector.expression, code.constant(factor, self.lanes), self.expression
+        kind = f"{code.number}x{self.lanes}"
+        return code.vector(tirx.call_llvm_pure_intrin(kind, "llvm.fma", *operands), self.lanes)
 
 
 class Scaled:
@@ -148,7 +158,7 @@ class Scaled:
 
     def value(self) -> Vector:
         code, lanes = self.vector.code, self.vector.lanes
-        return code.vector(self.vector.expression * _constant(self.factor, lanes), lanes)
+        return code.vector(self.vector.expression * code.constant(self.factor, lanes), lanes)
 
 
 def read(buffer: Any, indices: list[Any], lanes: int) -> Any:
@@ -183,12 +193,6 @@ def whole(value: Any) -> Any:
 
 def _wholes(values: list[Any]) -> list[Any]:
     return [whole(v) for v in values]
-
-
-def _constant(value: float, lanes: int) -> Any:
-    from tvm import tirx
-
-    return _broadcast(tirx.const(value, "float32"), lanes)
 
 
 def _run(indices: list[Any], lanes: Any) -> list[Any]:

@@ -13,6 +13,8 @@ outermost: less is kept between the last two stages, and the data is read again 
 Register budget: rows * vectors accumulators + rows broadcast scalars + vectors weights <= registers; with one vector
 and AVX-512 the scalars are operands in memory. Transforms keep a square of (tile + 2)^2 and spill a little.
 
+In float16 (`half`) sums over many channels are cut into runs, as a direct sum's are.
+
 Numerics: the transforms cancel digits. Against float64, the root mean square error of float32 is at most `error_factor`
 times that of a direct sum; see `winograd_transforms` for the points that keep it small.
 
@@ -71,7 +73,7 @@ def match(workload: Workload) -> list[Decision] | None:
     if shape is None or _epilogue(workload) is None:
         return None
     found: list[tuple[float, Decision]] = []
-    elements = applies(shape, machine)
+    elements = machine.lanes if applies(shape, machine) else 0
     for side in SIDES:
         high, wide = shape.tiles(side)
         tiles = shape.batch * high * wide
@@ -97,7 +99,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     assert shape is not None and epilogue is not None and operands is not None
     data, weight = operands
     params = list(workload.func.params)
-    nest = Nest(shape, decision, epilogue, params[data], workload.machine)
+    nest = Nest(shape, decision, epilogue, params[data], workload.machine, workload.number)
     body = nest.body()
     params[weight] = nest.weight
     func = tirx.PrimFunc(params, body).with_attr("tirx.noalias", True).with_attr("global_symbol", "main")
@@ -111,7 +113,8 @@ def predicted_cycles(workload: Workload, decision: Decision) -> float:
     assert shape is not None
     side = decision["tile"]
     high, wide = shape.tiles(side)
-    tiles, elements = shape.batch * high * wide, applies(shape, workload.machine)
+    tiles = shape.batch * high * wide
+    elements = workload.machine.lanes if applies(shape, workload.machine) else 0
     chunk, rows, vectors, order = (decision[key] for key in ("chunk", "rows", "vectors", "order"))
     return _cycles(shape, side, tiles, chunk, rows, vectors, order, elements) / shape.batch
 
@@ -119,7 +122,11 @@ def predicted_cycles(workload: Workload, decision: Decision) -> float:
 def packed_weight(weight: np.ndarray, tile: int, vectors: int, order: str) -> np.ndarray:
     """(O, I, 3, 3, icb, ocb) -> flat [point][group][input channel][vector][lane]; "outs": [group][point]..."""
     out_blocks, in_blocks, _, _, icb, ocb = weight.shape
-    grouped = transformed_weight(weight, tile).reshape(-1, out_blocks // vectors, vectors, in_blocks, icb, ocb)
+    grouped = (
+        transformed_weight(weight, tile)
+        .astype(weight.dtype)
+        .reshape(-1, out_blocks // vectors, vectors, in_blocks, icb, ocb)
+    )
     axes = (0, 1, 3, 4, 2, 5) if order == "points" else (1, 0, 3, 4, 2, 5)
     return np.ascontiguousarray(grouped.transpose(axes)).reshape(-1)
 
@@ -146,7 +153,7 @@ def _shape(workload: Workload) -> Shape | None:
         not plain
         or icb < 4
         or ocb < 4
-        or any(str(r.source.ty.dtype) != "float32" for r in (*block.reads, *block.writes))
+        or any(str(r.source.ty.dtype) != workload.number for r in (*block.reads, *block.writes))
     ):
         return None
     return Shape(batch, in_blocks, out_blocks, icb, ocb, (height, width), (out_h, out_w), (top, left))
@@ -198,30 +205,30 @@ def _chunks(shape: Shape, side: int, tiles: int, threads: int) -> list[int]:
     return found
 
 
-def _rows(chunk: int, vectors: int, machine: Any, elements: bool) -> int:
+def _rows(chunk: int, vectors: int, machine: Any, elements: int) -> int:
     """Rows of the register tile that take the fewest cycles for a chunk, within the register budget."""
     budget = machine.registers
     folded = vectors == 1 and machine.lanes == 16
     most = budget - 4 if folded else max((budget - vectors) // (vectors + 1), 1)
     if elements:
-        most = by_element.most_positions(vectors)
+        most = by_element.most_positions(vectors, elements)
     return min(range(1, min(most, chunk) + 1), key=lambda rows: _multiply_cycles(chunk, rows, vectors, 64, elements))
 
 
-def _multiply_cycles(chunk: int, rows: int, vectors: int, depth: int, elements: bool) -> float:
-    """Of one panel and all tiles of a chunk; instructions, where `elements`."""
+def _multiply_cycles(chunk: int, rows: int, vectors: int, depth: int, elements: int) -> float:
+    """Of one panel and all tiles of a chunk; instructions, where numbers are multiplied as `elements` of vectors."""
     steps, rest = divmod(chunk, rows)
 
     def tile(r: int) -> float:
         if elements and r:
-            return depth / by_element.LANES * by_element.instructions(r, vectors, True) + 2 * r * vectors + 20
+            return depth / elements * by_element.instructions(elements, r, vectors, True) + 2 * r * vectors + 20
         return depth * max(r * vectors / 2, (r + vectors) / LOADS_PER_CYCLE, 4) + TILE_CYCLES if r else 0.0
 
     return steps * tile(rows) + tile(rest)
 
 
 def _cycles(
-    shape: Shape, side: int, tiles: int, chunk: int, rows: int, vectors: int, order: str, elements: bool
+    shape: Shape, side: int, tiles: int, chunk: int, rows: int, vectors: int, order: str, elements: int
 ) -> float:
     """Predicted cycles of the whole convolution on one core."""
     points, chunks = (side + 2) ** 2, -(-tiles // chunk)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.targets.relax import half
 from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.vector_code import Code, Vector, conjunction, negation, read, whole
 from graphopt.targets.schedules.winograd_transforms import TAPS, data_transform, result_transform, two_dimensional
@@ -60,13 +61,15 @@ class Epilogue:
 
 def applies(shape: Shape, machine: Machine) -> bool:
     """Whether the machine multiplies by an element, and blocks of channels are such vectors."""
-    return by_element.has(machine) and shape.icb == shape.ocb == by_element.LANES
+    return by_element.has(machine) and shape.icb == shape.ocb == machine.lanes
 
 
 class Nest:
     """The code of one decision."""
 
-    def __init__(self, shape: Shape, decision: Decision, epilogue: Epilogue, data: Any, machine: Machine):
+    def __init__(
+        self, shape: Shape, decision: Decision, epilogue: Epilogue, data: Any, machine: Machine, number: str = "float32"
+    ):
         from tvm import tirx
 
         threads = machine.threads
@@ -93,8 +96,11 @@ class Nest:
         kept = shape.out_blocks if self.order == "points" else self.vectors
         self.data_stride = _odd_lines(self.depth * self.chunk)
         self.product_stride = _odd_lines(kept * self.chunk * shape.ocb)
-        self.weight = tirx.decl_buffer((self.points * self.groups * self.depth * self.width,), "float32", "weight")
-        self.code = Code()
+        self.weight = tirx.decl_buffer((self.points * self.groups * self.depth * self.width,), number, "weight")
+        self.code = Code(number)
+        run = max(half.TERMS // shape.icb, 1) if number == "float16" else shape.in_blocks
+        """Most blocks of channels that are added up at a time."""
+        self.runs = [(first, min(run, shape.in_blocks - first)) for first in range(0, shape.in_blocks, run)]
 
     def body(self) -> Any:
         """The function's body, one TIR statement; it reads the weight from the buffer `self.weight`."""
@@ -191,16 +197,31 @@ class Nest:
     def _register_tile(
         self, spectrum: Any, product: Any, rows: int, weights: Any, source: Any, target: Any, step: Any
     ) -> None:
-        """Sums over the channels of `rows` tiles x one panel; each pass also prefetches its share of the next panel."""
+        """Sums over the channels of `rows` tiles x one panel, run by run; each pass also prefetches its share of the
+        next panel."""
         code, s = self.code, self.shape
         first = code.index("first", step * self.rows)
+        for before, blocks in self.runs:
+            sums = self._run(spectrum, rows, weights, source, step, first, before, blocks)
+            for r in range(rows):
+                for v in range(self.vectors):
+                    place = target + (v * self.chunk + first + r) * s.ocb
+                    value = Vector(code, read(sums[r][v], [0], s.ocb), s.ocb)
+                    code.store(product, [place], value + code.load(product, [place], s.ocb) if before else value)
+
+    def _run(
+        self, spectrum: Any, rows: int, weights: Any, source: Any, step: Any, first: Any, before: int, blocks: int
+    ) -> list[list[Any]]:
+        """Registers with the sums over `blocks` blocks of channels behind the first `before`."""
+        code, s = self.code, self.shape
         sums = [[code.allocate("sum", s.ocb, registers=True) for _ in range(self.vectors)] for _ in range(rows)]
         for line in sums:
             for total in line:
                 code.store(total, [0], code.zero(s.ocb))
-        unrolled = min(UNROLLED, s.icb)
+        unrolled = s.ocb if self.elements else min(UNROLLED, s.icb)
         share = -(-unrolled * self.width // (LINE * self.passes)) if self.ahead else 0
-        with code.loop("block", s.in_blocks) as block, code.loop("part", s.icb // unrolled) as part:
+        with code.loop("block", blocks) as turn, code.loop("part", s.icb // unrolled) as part:
+            block = turn + before if before else turn
             base = code.index("base", source + (block * self.chunk + first) * s.icb + part * unrolled)
             number = code.index("number", block * (s.icb // unrolled) + part)
             streamed = code.index("streamed", weights + number * (unrolled * self.width))
@@ -220,16 +241,13 @@ class Nest:
                 ]
                 for r in range(rows):
                     if self.elements:
-                        scalar = by_element.spread(numbers[r], c)
+                        scalar = by_element.spread(numbers[r], c, s.ocb)
                     else:
                         scalar = code.spread(spectrum, [base + (r * s.icb + c)], s.ocb).expression
                     for v in range(self.vectors):
                         total = read(sums[r][v], [0], s.ocb) + scalar * filters[v].expression
                         code.store(sums[r][v], [0], Vector(code, total, s.ocb))
-        for r in range(rows):
-            for v in range(self.vectors):
-                value = Vector(code, read(sums[r][v], [0], s.ocb), s.ocb)
-                code.store(product, [target + (v * self.chunk + first + r) * s.ocb], value)
+        return sums
 
     def _transform_result(self, product: Any, results: Any, kept: Any, block: Any, tile: Any, start: Any) -> None:
         """A^T m A of one tile and one block of output channels, and the epilogue."""

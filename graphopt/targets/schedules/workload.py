@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from graphopt.targets.relax import half
 
 Decision = dict[str, Any]
 """Small and serialisable: numbers and words."""
@@ -19,7 +21,7 @@ class Machine:
     """The part of a target that schedules depend on."""
 
     lanes: int
-    """float32 lanes of a vector register."""
+    """Lanes of a vector register: of float32, but for functions that compute in float16."""
     registers: int
     """Vector registers."""
     threads: int
@@ -52,6 +54,17 @@ class Workload:
 
     func: Any
     machine: Machine
+    """Its lanes are those of the numbers that the function computes with."""
+
+    def __post_init__(self):
+        if self.number == "float16":
+            object.__setattr__(self, "machine", replace(self.machine, lanes=half.LANES))
+
+    @property
+    def number(self) -> str:
+        """What the function's products and sums are in registers: float32, or float16 (see `half`)."""
+        attributes = self.func.attrs
+        return "float16" if attributes is not None and half.COMPUTED in attributes else "float32"
 
     @cached_property
     def blocks(self) -> dict[str, Any]:
