@@ -372,8 +372,8 @@ def list_passes() -> int:
 @group.command()
 @click.argument("name", metavar="PASS")
 def explain(name: str) -> int:
-    """What PASS (or `bf16`, the precision) does: its equation, cases, refusals, fidelity and source."""
-    if name == "bf16":
+    """What PASS (or `bf16` or `fp16`, the precision) does: its equation, cases, refusals, fidelity and source."""
+    if name in ("bf16", "fp16"):
         from graphopt import precision
 
         click.echo(introspect.cleandoc(precision.__doc__ or ""))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.errors import SpecError
+from graphopt.errors import TargetError
 from graphopt.precision import narrowed
 from graphopt.targets.cpu import Cpu
 from graphopt.targets.cuda import Cuda
@@ -42,7 +42,7 @@ def test_every_candidate_is_right_and_raced(tmp_path):
     assert set(status.values()) == {"measured"}, status
 
 
-def test_float16_is_for_gpus():
+def test_float16_is_for_gpus_and_arm_cores():
     assert isinstance(narrowed(Cuda(arch="sm_80"), "fp16"), Cuda)
-    with pytest.raises(SpecError, match="cpu has no precision fp16"):
+    with pytest.raises(TargetError, match="has no float16 instructions"):
         narrowed(Cpu(), "fp16")

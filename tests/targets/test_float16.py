@@ -208,14 +208,17 @@ def test_chains_behind_a_convolution(device, tmp_path):
     more += [
         oracle.node("Mul", ["y", "sigmoid"], ["silu"]),
         oracle.node("Add", ["relu", "x"], ["sum"]),
+        oracle.node("Mul", ["relu", "half"], ["scaled"]),
         oracle.node("MaxPool", ["relu"], ["most"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
         oracle.node("AveragePool", ["relu"], ["mean"], kernel_shape=[3, 3], strides=[2, 2]),
         oracle.node("GlobalAveragePool", ["y"], ["whole"]),
     ]
-    outputs = [*tails, "silu", "sum", "most", "mean", "whole"]
+    constants["half"] = np.array(0.5, np.float32)
+    outputs = [*tails, "silu", "sum", "scaled", "most", "mean", "whole"]
     made = oracle.model([*nodes, *more], feeds, outputs, constants)
     found, wanted = run(made, feeds, device, tmp_path), oracle.reference(made, feeds)
-    spread = deviation(squared(feeds, nodes, constants, ["y"])["y"], 16 * 9 + 1).max()
+    layer = {k: constants[k] for k in "wb"}
+    spread = deviation(squared(feeds, nodes, layer, ["y"])["y"], 16 * 9 + 1).max()
     for name in outputs:
         check(found[name], wanted[name], 2 * np.full_like(wanted[name], spread), behind=4)
 

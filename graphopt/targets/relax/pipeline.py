@@ -97,7 +97,7 @@ def repack_constants(module, kernels: Mapping[str, Kernel]):
         stored: Any = constant
         key = (constant, name, index)
         if key not in done:
-            array = np.ascontiguousarray(wanted[name][index](stored.value.numpy()))
+            array = np.asarray(wanted[name][index](stored.value.numpy()), order="C")  # a scalar stays one
             done[key] = relax.const(array, str(array.dtype))
         return done[key]
 
