@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ import numpy as np
 from graphopt import calibration, samples
 from graphopt import model as models
 from graphopt.errors import ArtifactError, DataError, ModelError
-from graphopt.measure import Comparison, Contender, PairedResult, compare, compare_saved, race_afresh
+from graphopt.measure import (
+    Comparison,
+    Contender,
+    Leniency,
+    PairedResult,
+    compare,
+    compare_saved,
+    race_afresh,
+    time_reference,
+)
+from graphopt.measure.saved import STRICT
 from graphopt.progress import Progress
 from graphopt.runtime.artifact import COMPILED, MODEL, is_artifact, load, read_manifest
 
@@ -36,12 +47,13 @@ def bench_models(
     Raises ModelError when they take others, ArtifactError for no artifact, and what `connected` raises.
     """
     if remote is not None:
-        return _bench_remote(paths, remote, threads, seconds, _feeds(paths, data, shapes, seed), seed, progress)
+        return _bench_remote(paths, remote, threads, seconds, sample_feeds(paths, data, shapes, seed), seed, progress)
     contenders = _contenders(paths)
-    feeds = _feeds(paths, data, shapes, seed)
-    return race_afresh(
+    feeds = sample_feeds(paths, data, shapes, seed)
+    result = race_afresh(
         contenders, [feeds] * SESSIONS, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress
     )
+    return replace(result, reference=time_reference(result.threads))
 
 
 def _bench_remote(
@@ -78,18 +90,26 @@ def compare_paths(
     shapes: Shapes,
     seed: int,
     progress: Progress,
+    leniency: Leniency = STRICT,
 ) -> Comparison:
-    """Two models side by side, or two saved `latency.json`. Raises DataError for one of each."""
+    """Two models side by side, or two saved `latency.json` (see `leniency`). Raises DataError for one of each."""
     saved = [path.endswith(".json") for path in (base, new)]
     if all(saved):
         (before, delivered), (after, delivered_now) = _read_saved(base), _read_saved(new)
-        return compare_saved(before, after, max_regression=max_regression, base_name=delivered, new_name=delivered_now)
+        return compare_saved(
+            before,
+            after,
+            max_regression=max_regression,
+            base_name=delivered,
+            new_name=delivered_now,
+            leniency=leniency,
+        )
     if any(saved):
         raise DataError(
             "saved figures can only be compared with saved figures", hint="give two models, or two latency.json files"
         )
     contenders = _contenders([base, new])
-    feeds = _feeds([base, new], None, shapes, seed)
+    feeds = sample_feeds([base, new], None, shapes, seed)
     return compare(
         contenders[0],
         contenders[1],
@@ -123,7 +143,7 @@ def _named(paths: Sequence[str]) -> list[Contender]:
     return [Contender.of(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
-def _feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+def sample_feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
     """One sample that all models take: in the shapes the first artifact was compiled for, unless told otherwise."""
     if not shapes:
         for path in paths:
@@ -133,7 +153,7 @@ def _feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) ->
                 break
     signatures = []
     for path in paths:
-        model = models.load(Path(path) / MODEL if is_artifact(path) else path)
+        model = models.load(model_file(path))
         signatures.append(models.signature(models.fix_inputs(model, shapes)))
     first = signatures[0]
     for path, other in zip(paths[1:], signatures[1:], strict=True):
@@ -146,6 +166,11 @@ def _feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) ->
     if data is not None:
         return next(iter(calibration.load_dataset(data, first).batches(1)))
     return samples.random_feeds(first, seed)
+
+
+def model_file(path: str) -> Path:
+    """The ONNX file: itself, or the one inside an artifact."""
+    return Path(path) / MODEL if is_artifact(path) else Path(path)
 
 
 def _read_saved(path: str) -> tuple[PairedResult, str | None]:

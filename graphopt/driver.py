@@ -27,7 +27,7 @@ from graphopt.engine_accuracy import judge_engine
 from graphopt.errors import DataError, SpecError, TargetError
 from graphopt.gate import choose, compare_candidates, explain
 from graphopt.libraries import Library, leading, make_libraries, parse_targets
-from graphopt.measure import Counts, PairedResult, environment
+from graphopt.measure import Counts, PairedResult, environment, time_reference
 from graphopt.mixing import mix
 from graphopt.output_folder import check_output, staged
 from graphopt.passes.base import Context, Pass
@@ -132,7 +132,7 @@ def run(
                     _replaying(settings, chosen),
                     libraries,
                     report,
-                    {**race.to_dict(), "delivered": chosen.name},
+                    {**_with_reference(race).to_dict(), "delivered": chosen.name},
                 )
     return Result(report, None if settings.output is None else Path(settings.output))
 
@@ -155,6 +155,17 @@ def _resolve(
     spec = ",".join(map(str, targets))
     settings = dataclasses.replace(settings, passes=str(pipeline), target=spec, threads=threads)
     return settings, pipeline, targets, target, place
+
+
+def prepare(settings: Settings, progress: Progress = SILENT) -> tuple[Source, Data, Context, Judge]:
+    """What the passes of `settings` work on and are judged by, for those who run them one by one.
+
+    Raises what `optimize` raises before its first pass.
+    """
+    settings, _, _, target, _ = _resolve(settings, None)
+    source, data = _load(settings, Report(settings=dataclasses.asdict(settings), environment={}))
+    context = Context(target.capabilities, data=data.calibration, seed=settings.seed, progress=progress)
+    return source, data, context, Judge.of(source, data.evaluation, _bound(settings), progress)
 
 
 def _with_threads(target: Target, threads: int | None) -> Target:
@@ -249,7 +260,7 @@ def _rewrite(
         on_pass(done)
 
     context = Context(target.capabilities, data=data.calibration, seed=settings.seed, progress=progress)
-    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
+    judge = Judge.of(source, data.evaluation, _bound(settings), progress)
     if judge.before is not None:
         report.source = dataclasses.replace(_known(report.source), accuracy=judge.before.to_dict())
     variants = make_variants(source, pipeline, data, judge, context, reference, work, record)
@@ -270,7 +281,7 @@ def _search(source: Source, variants: list[Variant], compiler: Compiler, report:
     context = Context(
         compiler.target.capabilities, data=data.calibration, seed=settings.seed, progress=compiler.progress
     )
-    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), compiler.progress)
+    judge = Judge.of(source, data.evaluation, _bound(settings), compiler.progress)
     found, report.search = search(source, variants[0], variants[-1], judge, context, compiler)
     report.variants += [v.record for v in found]
     return found
@@ -298,7 +309,7 @@ def _measure_and_choose(
         settings.seed,
         progress,
     )
-    judge = Judge.of(source, data.evaluation, Bound(settings.max_drop, settings.min_snr), progress)
+    judge = Judge.of(source, data.evaluation, _bound(settings), progress)
     samples = place.evaluation_limit(source.model)
     report.place = {"baseline": baseline(place), "evaluation_samples": samples, **place.describe()}
     report.candidates = [c.record for c in candidates]
@@ -316,6 +327,13 @@ def _measure_and_choose(
             _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
     raise TargetError(f"no candidate keeps the accuracy bound on {place.label}")
+
+
+def _with_reference(race: PairedResult | Counts) -> PairedResult | Counts:
+    """Times taken here, with those of the kernels that other machines can time too."""
+    if isinstance(race, Counts) or race.environment != environment(race.threads):
+        return race
+    return dataclasses.replace(race, reference=time_reference(race.threads))
 
 
 def _make_libraries(
@@ -358,6 +376,10 @@ def _timing_feeds(data: Data, source: Source) -> list[Feeds]:
     noise = samples.random_feeds(models.signature(models.fix_inputs(source.model, shapes)))
     alike = [s for s in data.samples if {n: tuple(a.shape) for n, a in s.items()} == shapes]
     return [alike[0], noise, alike[-1]]
+
+
+def _bound(settings: Settings) -> Bound:
+    return Bound(settings.max_drop, settings.min_snr)
 
 
 def _describe(dataset: calibration.Dataset | None) -> DataRecord | None:

@@ -155,7 +155,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         if name not in hints:
             near = nearest(name, hints)
             raise SpecError(f"recipe {path}: unknown option {key!r}", hint=f"did you mean {near!r}?" if near else None)
-        options[name] = _checked(f"recipe {path}: {key}", value, hints[name])
+        options[name] = check_option(f"recipe {path}: {key}", value, hints[name])
     return options
 
 
@@ -176,7 +176,7 @@ def read_pick(path: str | os.PathLike[str], number: int) -> dict[str, Any]:
     if unknown:
         raise SpecError(f"{path}: unknown option {unknown[0]!r}")
     given = {k: v for k, v in settings.items() if v is not None}
-    checked = {k: _checked(f"{path}: {k}", v, hints[k]) for k, v in given.items()}
+    checked = {k: check_option(f"{path}: {k}", v, hints[k]) for k, v in given.items()}
     return {**checked, "passes": points[number]}
 
 
@@ -199,7 +199,8 @@ def parse_input(text: str) -> tuple[str, tuple[int, ...]]:
     return match["name"], shape
 
 
-def _checked(what: str, value: Any, hint: Any) -> Any:
+def check_option(what: str, value: Any, hint: Any) -> Any:
+    """A value from a TOML or JSON file as the type `hint` wants it. Raises SpecError, naming `what`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     origin = typing.get_origin(hint)

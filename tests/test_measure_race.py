@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.errors import DataError, EnvironmentMismatchError, MeasurementError
-from graphopt.measure import Contender, Environment, PairedResult, Verdict, compare, compare_saved, race, wire
+from graphopt.measure import (
+    Contender,
+    Environment,
+    Leniency,
+    PairedResult,
+    Verdict,
+    compare,
+    compare_saved,
+    race,
+    time_reference,
+    wire,
+)
 from graphopt.measure.lineup import Lineup
 
 ROWS, WIDTH = 32, 128
@@ -328,9 +340,8 @@ def saved(name: str, seconds: float, rounds: int = 30, machine: str = "a", versi
     [(1.0, Verdict.SAME), (1.3, Verdict.SLOWER), (0.7, Verdict.FASTER), (1.05, Verdict.INCONCLUSIVE)],
 )
 def test_saved_latencies_of_one_machine(seconds, verdict):
-    comparison = compare_saved(saved("base", 1.0), saved("new!", seconds, version="2"), max_regression=0.05)
+    comparison = compare_saved(saved("base", 1.0), saved("new!", seconds), max_regression=0.05)
     assert comparison.verdict is verdict
-    assert "graphopt 1 -> 2" in comparison.describe()
     json.dumps(comparison.to_dict(), allow_nan=False)
 
 
@@ -340,6 +351,59 @@ def test_saved_latencies_of_two_machines_are_refused():
     ) as caught:
         compare_saved(saved("base", 1.0), saved("new", 1.0, machine="b"))
     assert caught.value.exit_code == 2
+
+
+def test_versions_may_differ_only_where_that_is_said():
+    pair = saved("base", 1.0), saved("new!", 1.0, version="2")
+    with pytest.raises(EnvironmentMismatchError, match=r"graphopt 1 -> 2.*--any-versions"):
+        compare_saved(*pair)
+    comparison = compare_saved(*pair, leniency=Leniency(any_versions=True))
+    assert comparison.verdict is Verdict.SAME
+    assert "graphopt 1 -> 2" in comparison.describe()
+
+
+NORMALISE = Leniency(normalise=True)
+
+
+def elsewhere(seconds: float, **kernels: float) -> PairedResult:
+    return replace(saved("new", seconds, machine="b"), reference=kernels)
+
+
+def test_figures_of_two_machines_are_normalised_when_asked():
+    """The other machine takes twice the time for the kernels; so does the model: nothing changed."""
+    base = replace(saved("base", 1.0), reference={"matmul": 1.0, "memory": 1.0, "old": 1.0})
+    same = compare_saved(base, elsewhere(2.0, matmul=2.0, memory=2.0), leniency=NORMALISE)
+    assert same.verdict is Verdict.SAME
+    assert same.ratio.median == pytest.approx(1.0, abs=0.02)
+    assert "NORMALISED by reference kernels" in same.describe()
+    assert "cpu: a, b" in same.describe()
+    apart = compare_saved(base, elsewhere(2.0, matmul=2.5, memory=1.6), leniency=NORMALISE)
+    assert apart.verdict is Verdict.INCONCLUSIVE  # the kernels do not agree well enough to tell
+    assert apart.ratio.low < 0.85 < 1.2 < apart.ratio.high
+
+
+def test_normalised_figures_fail_only_when_asked():
+    base = replace(saved("base", 1.0), reference={"matmul": 1.0})
+    slower = elsewhere(3.0, matmul=2.0)
+    soft = compare_saved(base, slower, leniency=NORMALISE)
+    assert (soft.verdict, soft.exit_code) == (Verdict.INCONCLUSIVE, 5)
+    assert "NORMALISED" in soft.reason
+    hard = compare_saved(base, slower, leniency=Leniency(normalise=True, fail_normalised=True))
+    assert hard.exit_code == 4
+    with pytest.raises(MeasurementError, match="without reference kernels"):
+        compare_saved(base, saved("new", 1.0, machine="b"), leniency=NORMALISE)
+
+
+def test_reference_kernels_are_timed_and_kept():
+    found = time_reference(1, seconds=0.01)
+    assert set(found) == {"matmul", "convolution", "memory"}
+    assert all(0 < seconds < 1 for seconds in found.values())
+    result = replace(saved("a", 1.0), reference=found)
+    content = json.loads(json.dumps(result.to_dict()))
+    assert PairedResult.from_dict(content).reference == found
+    content["reference_s"]["matmul"] = -1
+    with pytest.raises(DataError, match="damaged"):
+        PairedResult.from_dict(content)
 
 
 def test_few_saved_rounds_decide_nothing():

@@ -10,18 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import (
-    EXIT_DONE,
-    EXIT_INCONCLUSIVE,
-    EXIT_REGRESSION,
-    EnvironmentMismatchError,
-    MeasurementError,
-)
+from graphopt.errors import EXIT_DONE, EXIT_INCONCLUSIVE, EXIT_REGRESSION, MeasurementError
 from graphopt.measure.contenders import Contender
 from graphopt.measure.environment import environment
 from graphopt.measure.lineup import Lineup
 from graphopt.measure.paired import TIMEOUT_S, Burst, PairedResult, turns
-from graphopt.measure.stats import CONFIDENCE, Ratio, bootstrap_medians
+from graphopt.measure.stats import Ratio
 from graphopt.measure.verdict import Judgement, Round, Verdict, confirmed, judge
 from graphopt.progress import SILENT, Progress
 
@@ -101,7 +95,7 @@ def compare(
 
     Raises MeasurementError when a contender does not start or crashes.
     """
-    _check_bound(max_regression)
+    check_bound(max_regression)
     runs: list[PairedResult] = []
     spent = 0.0
 
@@ -171,73 +165,7 @@ def _all_alive(lineup: Lineup, base: Contender, new: Contender) -> None:
         raise MeasurementError(f"{(new if lane == NEW else base).path}: {why}")
 
 
-def compare_saved(
-    base: PairedResult,
-    new: PairedResult,
-    *,
-    max_regression: float = 0.05,
-    base_name: str | None = None,
-    new_name: str | None = None,
-) -> Comparison:
-    """Judge saved latencies: weaker than `compare`, as the two were not paired and nothing can be run again.
-
-    The names choose a contender of each; they may be left out where there is only one, or where both results have
-    exactly one name in common. Raises EnvironmentMismatchError unless processor, cores, threads, governor and
-    system are equal; versions of packages may differ, and are then noted.
-    """
-    _check_bound(max_regression)
-    differences = base.environment.differences(new.environment)
-    if differences:
-        raise EnvironmentMismatchError(
-            f"the two were measured under different conditions ({'; '.join(differences)})",
-            hint="measure both on one machine: `graphopt compare BASE NEW` with the models themselves",
-        )
-    base_name, new_name = _choose(base, base_name, new), _choose(new, new_name, base)
-    draws = [
-        bootstrap_medians(run.stats[name], np.random.default_rng(number))
-        for number, (run, name) in enumerate(((base, base_name), (new, new_name)))
-    ]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = (float(q) for q in np.quantile(draws[1] / draws[0], (tail, 1 - tail)))
-    median = new.stats[new_name].median_s / base.stats[base_name].median_s
-    ratio = Ratio(median, low, high, min(base.rounds, new.rounds))
-    bound = 1 + max_regression
-    if ratio.rounds < 8:  # the bootstrap of fewer bursts is too narrow to decide on
-        verdict, reason = Verdict.INCONCLUSIVE, f"only {ratio.rounds} rounds were saved: 8 are needed"
-    elif low > bound:
-        verdict, reason = Verdict.SLOWER, f"the whole interval lies above the bound {bound:.3f}x"
-    elif high > bound:
-        verdict, reason = Verdict.INCONCLUSIVE, f"the interval straddles the bound {bound:.3f}x"
-    elif high < 1 and median < 1 / bound:
-        verdict, reason = Verdict.FASTER, f"faster by more than the bound ({1 / bound:.3f}x), and significantly"
-    else:
-        verdict, reason = Verdict.SAME, f"the whole interval lies below the bound {bound:.3f}x"
-    notes = ["saved latencies are not paired: a machine that was busier for one of them looks like a difference"]
-    ours, theirs = base.environment.versions, new.environment.versions
-    changed = [
-        f"{k} {ours.get(k)} -> {theirs.get(k)}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
-    ]
-    if changed:
-        notes.append(f"versions differ: {', '.join(changed)}")
-    return Comparison(verdict, reason, base_name, new_name, max_regression, ratio, None, (), (base, new), tuple(notes))
-
-
-def _choose(run: PairedResult, name: str | None, other: PairedResult) -> str:
-    if name is not None:
-        if name not in run.names:
-            raise MeasurementError(f"no latencies of {name!r} were saved", hint=f"there are: {', '.join(run.names)}")
-        return name
-    if len(run.names) == 1:
-        return run.names[0]
-    common = [candidate for candidate in run.names if candidate in other.names]
-    if len(common) == 1:
-        return common[0]
-    raise MeasurementError(
-        f"saved latencies are of several contenders: {', '.join(run.names)}",
-        hint="save each on its own (`graphopt bench MODEL -o FILE`)",
-    )
-
-
-def _check_bound(max_regression: float) -> None:
+def check_bound(max_regression: float) -> None:
+    """Raises MeasurementError for what is no fraction."""
     if not (math.isfinite(max_regression) and max_regression >= 0):
         raise MeasurementError(f"max_regression must be a fraction of 0 or more, not {max_regression}")

@@ -7,6 +7,7 @@ the tests of significance rest on.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ class PairedResult:
     """Contenders that are not among `bursts`, and why."""
     sessions: tuple[int, ...] = ()
     """Rounds of each session of fresh processes, in order; () where there was one."""
+    reference: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of the reference kernels on this machine then, by name; empty where they were not timed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,6 +87,7 @@ class PairedResult:
             "environment": self.environment.to_dict(),
             "contenders": {name: stats.to_dict() for name, stats in self.stats.items()},
             "failed": dict(self.failed),
+            "reference_s": dict(self.reference),
         }
 
     @classmethod
@@ -99,7 +103,11 @@ class PairedResult:
             }
             conditions = Environment.from_dict(data["environment"])
             sessions = tuple(int(n) for n in data.get("sessions", ()))
-            result = cls(bursts, int(data["threads"]), int(data["seed"]), conditions, dict(data["failed"]), sessions)
+            reference = {str(name): float(seconds) for name, seconds in data.get("reference_s", {}).items()}
+            if not all(0 < seconds < math.inf for seconds in reference.values()):
+                raise ValueError("times of reference kernels must be positive")
+            failed = dict(data["failed"])
+            result = cls(bursts, int(data["threads"]), int(data["seed"]), conditions, failed, sessions, reference)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"saved latencies are damaged: {type(error).__name__}: {error}") from error
         if len({len(turns) for turns in bursts.values()}) != 1:

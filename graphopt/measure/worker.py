@@ -49,7 +49,7 @@ def main(parent: int) -> int:
         try:
             if task == "open":
                 threads = int(request["threads"])
-                run = _open(request["engine"], request["path"], threads, Path(request["feeds"]))
+                run = open_contender(request["engine"], request["path"], threads, Path(request["feeds"]))
                 answer: dict[str, Any] = {"ready": True}
             elif run is None:
                 answer = {"error": "asked to run before anything was opened"}
@@ -67,7 +67,8 @@ def main(parent: int) -> int:
     return 0
 
 
-def _open(engine: str, path: str, threads: int, feeds_file: Path) -> Run:
+def open_contender(engine: str, path: str, threads: int, feeds_file: Path) -> Run:
+    """A function that runs the contender once on the saved feeds. Raises what opening it raises."""
     module, name = _ENGINES[engine]
     opened = getattr(importlib.import_module(module), name)(Path(path), threads=threads)
     feeds = wire.load_feeds(feeds_file)
