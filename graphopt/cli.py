@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt import __version__, errors, plugins, spec
+from graphopt.compare_command import compare
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
 from graphopt.farm_commands import farm, rpc_server
 from graphopt.package_command import package
@@ -92,7 +93,7 @@ def _interrupted() -> int:
 def group() -> None:
     """Find the fastest version of an ONNX model that is still right, and prove it.
 
-    Exit codes: 0 done, 1 failure, 2 usage or input, 3 accuracy bound missed, 4 latency regression,
+    Exit codes: 0 done, 1 failure, 2 usage or input, 3 accuracy bound missed, 4 regression,
     5 inconclusive, 6 remote device or tracker not reached, lost, or of another version of TVM, 130 interrupted.
     """
 
@@ -252,45 +253,6 @@ def bench(models, threads, seconds, data, inputs, seed, format_, output, remote,
 
 
 @group.command()
-@click.argument("base", type=click.Path())
-@click.argument("new", type=click.Path())
-@click.option("--max-regression", default="5%", show_default=True, help="How much slower NEW may be.")
-@THREADS
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="At most this long; stops when clear.")
-@INPUT
-@SEED
-@FORMAT
-@click.option("-q", "--quiet", is_flag=True)
-@click.option("-v", "--verbose", is_flag=True)
-def compare(base, new, max_regression, threads, seconds, inputs, seed, format_, quiet, verbose) -> int:
-    """The CI gate: is NEW slower than BASE? Exit 0 no, 4 yes, 5 cannot tell.
-
-    BASE and NEW are ONNX files, artifacts, or (both) saved latency.json files.
-    """
-    from graphopt.benchmarking import compare_paths
-
-    bound = _fraction(max_regression)
-    shapes = dict(parse_input(text) for text in inputs)
-    comparison = compare_paths(base, new, bound, threads, seconds, shapes, seed, ConsoleProgress(quiet))
-    if format_ == "json":
-        click.echo(json.dumps(comparison.to_dict()))
-    else:
-        STDOUT.print(comparison.describe(), markup=False, soft_wrap=True)
-    verdicts = {"slower": errors.EXIT_REGRESSION, "inconclusive": errors.EXIT_INCONCLUSIVE}
-    return verdicts.get(comparison.verdict.value, errors.EXIT_DONE)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise errors.SpecError(f"--max-regression {text!r} is not a number", hint="write 5% or 0.05") from None
-    if not 0 <= value < 10:
-        raise errors.SpecError(f"--max-regression {text!r} is out of range", hint="write 5% or 0.05")
-    return value
-
-
-@group.command()
 @click.argument("model", type=click.Path())
 @click.option("--layers", is_flag=True, help="A row for each layer.")
 @click.option("--against", type=click.Path(), help="Another model: operators before (MODEL) and after.")
@@ -430,6 +392,7 @@ def doctor(format_: str) -> int:
     return errors.EXIT_DONE
 
 
+group.add_command(compare)
 group.add_command(tune)
 group.add_command(db)
 group.add_command(report)

@@ -1,9 +1,9 @@
 """Every error graphopt raises on purpose, and the exit code the command line gives it.
 
-Exit codes: 0 done; 1 failure; 2 usage or input; 3 accuracy bound missed; 4 latency regression;
-5 inconclusive comparison; 6 a remote device or its tracker cannot be reached, was lost or runs another version of TVM;
-130 interrupted by the user. Code 4 and 5 are verdicts, not errors: they are returned by `graphopt compare` and never
-raised.
+Exit codes: 0 done; 1 failure; 2 usage or input; 3 accuracy bound missed; 4 regression, of latency or another figure
+with a bound; 5 inconclusive comparison; 6 a remote device or its tracker cannot be reached, was lost or runs another
+version of TVM; 130 interrupted by the user. Code 4 and 5 are verdicts, not errors: they are returned by
+`graphopt compare`, `graphopt ci run` and `graphopt bisect`, and never raised.
 """
 
 from __future__ import annotations

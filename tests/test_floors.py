@@ -22,9 +22,9 @@ FLOORS = (
     {"plugins", "pipeline"},
     {"report", "settings", "diagnosis", "inspection_text"},
     set[str](),  # the stages of the driver: every room that is not named here
-    {"driver"},
-    {"console", "tuning_commands", "report_command", "targets_command", "farm_commands", "package_command", "cli",
-     "__main__"},
+    {"driver", "ci"},
+    {"console", "tuning_commands", "report_command", "targets_command", "farm_commands", "package_command",
+     "compare_command", "ci_commands", "bisect_command", "pytest_plugin", "cli", "__main__"},
 )  # fmt: skip
 STAGES = 6
 LAZY = ("tvm", "onnxscript", "onnxsim", "onnxruntime")
