@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt import __version__, errors, plugins, spec
+from graphopt.bisect_command import bisect
 from graphopt.ci_commands import ci, history
 from graphopt.compare_command import compare
 from graphopt.console import STDERR, STDOUT, ConsoleProgress, complain
@@ -396,6 +397,7 @@ def doctor(format_: str) -> int:
 group.add_command(compare)
 group.add_command(ci)
 group.add_command(history)
+group.add_command(bisect)
 group.add_command(tune)
 group.add_command(db)
 group.add_command(report)
