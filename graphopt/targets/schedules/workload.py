@@ -63,7 +63,7 @@ class Workload:
     @property
     def number(self) -> str:
         """What the function's products and sums are in registers: float32, or float16 (see `half`)."""
-        attributes = self.func.attrs
+        attributes = getattr(self.func, "attrs", None)
         return "float16" if attributes is not None and half.COMPUTED in attributes else "float32"
 
     @cached_property
