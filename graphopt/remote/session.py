@@ -81,7 +81,16 @@ def explained(error: BaseException, where: str, doing: str) -> TargetError:
 
 def is_lost(error: BaseException) -> bool:
     """Whether TVM's error says that the other side has closed the connection, or its time was over."""
-    words = ("kShutdown", "SockChannel", "RPCSessionTimeoutError", "Connection reset", "Broken pipe", "EOF")
+    # The second is kShutdown too, by its number: what a call says whose server ends while it waits.
+    words = (
+        "kShutdown",
+        "RPCCode::kReturn) is false: code=1",
+        "SockChannel",
+        "RPCSessionTimeoutError",
+        "Connection reset",
+        "Broken pipe",
+        "EOF",
+    )
     return isinstance(error, DeviceError) or any(word in str(error) for word in words)
 
 
