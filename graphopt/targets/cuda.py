@@ -137,7 +137,7 @@ class Cuda(Target):
         TargetError where an input is dynamic, TVM refuses a node, or the architecture lacks the precision.
         """
         from graphopt.targets.relax import importer, layer_calls, pipeline
-        from graphopt.targets.relax.values import Form
+        from graphopt.targets.relax.form import Form
 
         self.check_precision()
         self._check_types(model)

@@ -145,7 +145,7 @@ class LlvmTarget(Target):
     def form(self, integers: bool):
         """How values are stored; `integers`: the model multiplies bytes."""
         from graphopt.targets.relax import half
-        from graphopt.targets.relax.values import Form
+        from graphopt.targets.relax.form import Form
 
         known = self.capabilities
         # A block of bytes fills a register of 16 bytes, as a block of float32 fills one of 64.

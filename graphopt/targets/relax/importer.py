@@ -46,7 +46,8 @@ from graphopt.targets.relax import (
     views,
 )
 from graphopt.targets.relax.emitters import EMITTERS, Node
-from graphopt.targets.relax.values import Builder, Form, Value, element_type
+from graphopt.targets.relax.form import Form
+from graphopt.targets.relax.values import Builder, Value, element_type
 
 _ = (
     convolution,

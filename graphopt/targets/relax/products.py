@@ -12,9 +12,9 @@ from graphopt.targets.relax import (
     matmul,
 )
 from graphopt.targets.relax.emitters import Inputs, Node, emits
+from graphopt.targets.relax.form import WHOLE
 from graphopt.targets.relax.values import (
     FUSABLE_ROOT,
-    WHOLE,
     Builder,
     Value,
 )

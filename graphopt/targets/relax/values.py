@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import bfloat16, computes, elementwise, half, integer_computes, lookup
+from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes, lookup
+from graphopt.targets.relax.form import Form
 
-WHOLE, WHOLE_BYTES = 8, 16
-"""Where all channels are one block, their number is a multiple of this: 16 bytes of float16, or of bytes."""
 ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
 """TVM's operator patterns, as `FuseOps` reads them from the attribute `op_pattern`."""
 
@@ -187,30 +186,14 @@ class Value:
         return self.lanes > 0 and self.channels % self.lanes != 0
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a processor wants values stored."""
-
-    lanes: int
-    """float32 lanes of a vector; 0: all channels are one block, so that pictures are (N, 1, H * W, C), as graphics
-    processors want them."""
-    precision: str = "float32"
-    """`float32`, `bfloat16` or `float16`: what float32 images are stored as."""
-    tiles: bool = False
-    """Bytes are multiplied in AMX tiles, whose rows are 64 of them; without lanes, on tensor cores."""
-    byte_type: str = "uint8"
-    """The type of activations that dot products multiply with int8 weights."""
-    width: int = 0
-    """Channels of a full block; 0: as many as lanes."""
-
-
 class Builder:
     """Emits Relax bindings and converts values between their forms, each at most once."""
 
     def __init__(self, block_builder, form: Form):
         self.bb = block_builder
+        self.form = form
         self.lanes, self.precision, self.tiles, self.byte_type = form.lanes, form.precision, form.tiles, form.byte_type
-        self.width = form.width or form.lanes
+        self.narrows, self.halves, self.block_for = form.narrows, form.halves, form.block_for
         self.layer = ""
         """Label of the ONNX node being emitted."""
         self.made_for: list[tuple[Any, str]] = []
@@ -221,32 +204,6 @@ class Builder:
     def looks_up(self) -> bool:
         """True where a table of 256 bytes fits a few vector registers."""
         return self.lanes == lookup.LANES
-
-    @property
-    def narrows(self) -> bool:
-        """True when images are stored in 16 bits."""
-        return self.precision in bfloat16.NARROW
-
-    @property
-    def halves(self) -> bool:
-        """True when kernels may compute in float16 vectors: what they read is better float16 too."""
-        return self.precision == bfloat16.HALF and self.lanes > 0
-
-    def block_for(self, channels: int) -> int:
-        """The channel block of a value: a full one, or a narrower one for a few channels, or where it pads fewer."""
-        if not self.lanes:
-            step = WHOLE_BYTES if self.tiles else WHOLE
-            return -(-channels // step) * step
-        if self.tiles and channels > 4:
-            return 64 if channels > 32 else 32 if channels > 16 else 16
-        if self.halves:
-            return half.LANES if channels <= half.LANES else self.width
-        if self.narrows:
-            return 32 if channels > 16 else 16  # a vector of bfloat16, which is also a row of an AMX tile
-        block = self.width
-        while block > 4 and (channels <= block // 2 or (block > 2 * self.lanes and 0 < channels % block <= block // 2)):
-            block //= 2
-        return block
 
     def emit(self, expression, is_root: bool = False) -> Any:
         """Bind an expression; `is_root` when it starts a kernel that elementwise operators fuse into."""

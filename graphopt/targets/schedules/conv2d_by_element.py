@@ -23,7 +23,7 @@ import numpy as np
 from graphopt.targets.relax import half, stack_buffers
 from graphopt.targets.schedules import by_element
 from graphopt.targets.schedules.conv2d_loops import ConvolutionLoops, Step, Tap, Window
-from graphopt.targets.schedules.loops import loop, loop_from, sequence
+from graphopt.targets.schedules.loops import loop, loop_from, ramp, sequence
 from graphopt.targets.schedules.register_tiles import Run, Taps
 from graphopt.targets.schedules.workload import Kernel, Machine, Workload, divisors
 
@@ -254,7 +254,7 @@ class ByElementLoops(ConvolutionLoops):
             for vector in range(self.vectors):
                 weight = self._held(statements, self.packed, [start + (out * self.vectors + vector) * self.lanes])
                 for position, number in numbers.items():
-                    to = _ramp(cell(out, *position, vector, 0), self.lanes)
+                    to = ramp(cell(out, *position, vector, 0), self.lanes)
                     statements.append(tirx.BufferStore(sums, sums[to] + number * weight, [to]))
 
     def _held(self, statements: list[Any], buffer, at: Sequence[Any]) -> Any:
@@ -262,15 +262,8 @@ class ByElementLoops(ConvolutionLoops):
         from tvm import tirx
 
         variable = tirx.Var("held", f"{self.sum_type}x{self.lanes}")
-        statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], _ramp(at[-1], self.lanes)])))
+        statements.append(tirx.Bind(variable, tirx.BufferLoad(buffer, [*at[:-1], ramp(at[-1], self.lanes)])))
         return variable
-
-
-def _ramp(first: Any, lanes: Any) -> Any:
-    from tvm import tirx
-
-    start = tirx.const(first, "int32") if isinstance(first, int) else first
-    return tirx.Ramp(start, tirx.const(1, "int32"), lanes)
 
 
 def packed_weight(weight: np.ndarray, groups: int, sizes: list[int], panel: int) -> np.ndarray:

@@ -40,7 +40,7 @@ def match(workload: Workload) -> list[Decision] | None:
     window = Window.of(block)
     if conv2d_smmla.applies(workload.machine, window):
         return decisions(window, workload, conv2d_smmla.most_positions)
-    return decisions(window, workload, dot.MOST.get(way))
+    return decisions(window, workload, dot.most_positions(way))
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:

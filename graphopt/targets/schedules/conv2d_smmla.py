@@ -21,7 +21,7 @@ import numpy as np
 from graphopt.targets.schedules import dot
 from graphopt.targets.schedules.conv2d_int8_loops import IntegerLoops
 from graphopt.targets.schedules.conv2d_loops import Step, Window
-from graphopt.targets.schedules.loops import sequence
+from graphopt.targets.schedules.loops import ramp, sequence
 from graphopt.targets.schedules.register_tiles import Run
 from graphopt.targets.schedules.workload import Machine, Repack
 
@@ -69,8 +69,9 @@ class MatrixLoops(IntegerLoops):
         self._pairs = [positions[i : i + 2] for i in range(0, len(positions), 2)]
         results = len(self._pairs) * outs * self._halves
         parts = tirx.decl_buffer((results * _LANES,), "int32", "parts", scope="local")
-        nought = tirx.Broadcast(tirx.const(0, "int32"), _wide(_LANES))
-        zeros = [tirx.BufferStore(parts, nought, [_ramp(i * _LANES, _LANES)]) for i in range(results)]
+        four: Any = _LANES
+        nought = tirx.Broadcast(tirx.const(0, "int32"), four)
+        zeros = [tirx.BufferStore(parts, nought, [ramp(i * _LANES, _LANES)]) for i in range(results)]
         steps = self._accumulation(place, rows, columns, outs, plan, parts, cell)
         ordered = sequence(self._ordered(parts, sums, outs, cell))
         return sequence([tirx.AllocBuffer(parts), *zeros, steps, begin, ordered])
@@ -81,7 +82,7 @@ class MatrixLoops(IntegerLoops):
         return self.vectors * self.lanes // 2
 
     def _part(self, pair: int, out: int, half: int, outs: int) -> Any:
-        return _ramp(((pair * outs + out) * self._halves + half) * _LANES, _LANES)
+        return ramp(((pair * outs + out) * self._halves + half) * _LANES, _LANES)
 
     def _ordered(self, parts: Any, sums: Any, outs: int, cell: Callable[..., Any]) -> list[Any]:
         """Add the results of two outputs and two positions to the sums of four outputs of each position."""
@@ -94,7 +95,7 @@ class MatrixLoops(IntegerLoops):
                     both = [parts[self._part(number, out, 2 * vector + half, outs)] for half in range(2)]
                     for which, (row, column) in enumerate(pair):
                         lanes = [tirx.const(2 * which + i, "int32") for i in (0, 1, 4, 5)]
-                        place = _ramp(cell(out, row, column, vector, 0), self.lanes)
+                        place = ramp(cell(out, row, column, vector, 0), self.lanes)
                         statements.append(tirx.BufferStore(sums, sums[place] + tirx.Shuffle(both, lanes), [place]))
         return statements
 
@@ -115,7 +116,7 @@ class MatrixLoops(IntegerLoops):
                 for half in range(self._halves):
                     *at, lane = self._weighed(step, out, half)
                     at[-1] = step.lane * eights + eight
-                    weight = tirx.BufferLoad(self.weight, [*at, _ramp(lane * 2 * DEPTH, 2 * DEPTH)])
+                    weight = tirx.BufferLoad(self.weight, [*at, ramp(lane * 2 * DEPTH, 2 * DEPTH)])
                     for number, data in joined.items():
                         place = self._part(number, out, half, step.outs)
                         name = "llvm.aarch64.neon.smmla.v4i32.v16i8"
@@ -127,11 +128,11 @@ class MatrixLoops(IntegerLoops):
         """For each eight channels of a step: the bytes of both positions, zeros for one that is outside or absent."""
         from tvm import tirx
 
-        count = self.at_once * dot.QUAD
+        count: Any = self.at_once * dot.QUAD
         both = []
         for at in [*pair, None][:2]:
             if at is None:
-                both.append(tirx.Broadcast(tirx.const(0, "int8"), _wide(count)))
+                both.append(tirx.Broadcast(tirx.const(0, "int8"), count))
                 continue
             *place, _ = self._read(step, *at)
             load: Any = dot.quads_at(self.data, tuple(place), step.lane * self.at_once, self.at_once)
@@ -146,14 +147,3 @@ class MatrixLoops(IntegerLoops):
             statements.append(tirx.Bind(held, value))
             found.append(held)
         return found
-
-
-def _ramp(first: Any, count: int) -> Any:
-    from tvm import tirx
-
-    start = tirx.const(first, "int32") if isinstance(first, int) else first
-    return tirx.Ramp(start, tirx.const(1, "int32"), _wide(count))
-
-
-def _wide(count: Any) -> Any:
-    return count

@@ -23,7 +23,7 @@ from graphopt.targets.relax import own_operators
 from graphopt.targets.relax.computes import WINDOW
 from graphopt.targets.relax.integer_computes import PAIRS, START
 from graphopt.targets.schedules.epilogue import epilogue_of
-from graphopt.targets.schedules.loops import choose, loop, nest, rooted, sequence
+from graphopt.targets.schedules.loops import choose, loop, nest, ramp, rooted, sequence
 from graphopt.targets.schedules.register_tiles import Axis, Run, Taps
 from graphopt.targets.schedules.workload import PARALLEL_WORK, Decision, Kernel, Workload, extents, nodes, work
 
@@ -144,7 +144,7 @@ class _Loops:
         waiting: dict[int, list[Any]] = {}
         for kh in _numbers(rows.taps):
             y = row * self.rows.stride + kh * self.rows.dilation - self.rows.pad
-            for right, readers in _readers(self.columns, columns).items():
+            for right, readers in self.columns.readers(columns).items():
                 x = column * self.columns.stride - self.columns.pad + right
                 data = self._bound(statements, self.data, [n, block, y * self.columns.length + x])
                 for output, kw in readers:
@@ -177,7 +177,7 @@ class _Loops:
 
         for half, each in enumerate(words):
             for name, quarter in (("graphopt_saddw", 0), ("graphopt_saddw2", 4)):
-                place = _ramp(output * self.lanes + half * HALF + quarter, 4)
+                place = ramp(output * self.lanes + half * HALF + quarter, 4)
                 total = tirx.call_pure_extern("int32x4", name, sums[place], each)
                 statements.append(tirx.BufferStore(sums, total, [place]))
 
@@ -186,7 +186,7 @@ class _Loops:
         from tvm import tirx
 
         numbers = [tirx.const(x, "int32") if isinstance(x, int) else x for x in at]
-        load: Any = tirx.BufferLoad(buffer, [*numbers, _ramp(0, self.lanes)])
+        load: Any = tirx.BufferLoad(buffer, [*numbers, ramp(0, self.lanes)])
         held = tirx.Var("held", str(load.ty.dtype))
         statements.append(tirx.Bind(held, load))
         return held
@@ -201,19 +201,3 @@ class _Loops:
 
 def _numbers(taps: tuple[Taps, ...]) -> list[int]:
     return [tap for each in taps for tap in range(each.first, each.first + each.count)]
-
-
-def _readers(axis: Axis, run: Run) -> dict[int, list[tuple[int, int]]]:
-    """By offset from where the first output's window begins: the (output, tap) pairs that read this input."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for taps in run.taps:
-        for tap in range(taps.first, taps.first + taps.count):
-            for output in taps.outputs:
-                found.setdefault(output * axis.stride + tap * axis.dilation, []).append((output, tap))
-    return dict(sorted(found.items()))
-
-
-def _ramp(first: int, count: Any) -> Any:
-    from tvm import tirx
-
-    return tirx.Ramp(tirx.const(first, "int32"), tirx.const(1, "int32"), count)

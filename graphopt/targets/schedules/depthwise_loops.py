@@ -161,7 +161,7 @@ class DepthwiseLoops:
 
         begin = self._vector(lambda v: [tirx.BufferStore(sums, self.start, [k * self.lanes + v]) for k in range(count)])
         end = self._vector(store)
-        held = _Held(sums, self._registers(len(_patch(self.window.columns, columns)), "inputs"), None)
+        held = _Held(sums, self._registers(len(self.window.columns.readers(columns)), "inputs"), None)
         if self.weight is not None:
             held = replace(
                 held, weights=self._registers(self._static_rows(rows) * self.window.columns.kernel, "weights")
@@ -188,7 +188,7 @@ class DepthwiseLoops:
         axis = self.window.rows
         if rows.size > 1:
             weights = self._hold_weights(place, range(axis.kernel), held)
-            patch = _patch(axis, rows)
+            patch = axis.readers(rows)
             return [*weights, *(self._input_row(place, down, taps, columns, held) for down, taps in patch.items())]
 
         def at(kh) -> Any:
@@ -231,7 +231,7 @@ class DepthwiseLoops:
 
         def terms(v) -> list[Any]:
             found = []
-            for k, (right, column_taps) in enumerate(_patch(across, columns).items()):
+            for k, (right, column_taps) in enumerate(across.readers(columns).items()):
                 value = self._placed(self.input, place, first + right, 0, 0, place.vector + v)
                 found.append(tirx.BufferStore(held.inputs, value, [k * lanes + v]))
                 for row, kh in taps:
@@ -276,16 +276,6 @@ class DepthwiseLoops:
         v: Any = tirx.Var("v", "int32")
         zero, lanes = tirx.const(0, "int32"), tirx.const(self.lanes, "int32")
         return tirx.For(v, zero, lanes, tirx.ForKind.VECTORIZED, sequence(statements(v)))
-
-
-def _patch(axis: Axis, run: Run) -> dict[int, list[tuple[int, int]]]:
-    """By offset from where the first output's window begins: the (output, tap) pairs that read this input."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for taps in run.taps:
-        for tap in range(taps.first, taps.first + taps.count):
-            for output in taps.outputs:
-                found.setdefault(output * axis.stride + tap * axis.dilation, []).append((output, tap))
-    return dict(sorted(found.items()))
 
 
 def _loads(tree) -> list[Any]:

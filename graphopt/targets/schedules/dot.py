@@ -138,12 +138,15 @@ DEFINITIONS["smull"] = DEFINITIONS["smlal"]
 """LLVM IR that a function with such products imports. The addition is written in assembly, or else the compiler, which
 may add integers in any order, adds those of several quads first and has no registers for them. As a side effect, since
 it is moved behind the products otherwise."""
-MOST: dict[str, Callable[[int], int]] = {
-    "smlal": lambda vectors: (29 - 2 * vectors) // (vectors + 1),
-    "smull": lambda vectors: (29 - 2 * vectors) // (vectors + 1),
-}
-"""Positions whose sums fit 32 registers beside the weights of some vectors of outputs: a quad's weights are read
-together, two broadcast pairs are in use, and each position holds its quads in a register."""
+
+
+def most_positions(way: Way) -> Callable[[int], int] | None:
+    """How many positions' sums fit 32 registers beside the weights of some vectors of outputs, where products take more
+    than a weight and a scalar: for `smlal` and `smull` a quad's weights are read together, two broadcast pairs are in
+    use, and each position holds its quads in a register."""
+    if way in ("smlal", "smull"):
+        return lambda vectors: (29 - 2 * vectors) // (vectors + 1)
+    return None
 
 
 def _words(lanes: int, pairs: list[Any], weights: list[Any]) -> list[Any]:

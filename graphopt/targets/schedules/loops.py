@@ -15,6 +15,14 @@ def sequence(statements) -> Any:
     return found[0] if len(found) == 1 else tirx.SeqStmt(found)
 
 
+def ramp(first: Any, count: Any) -> Any:
+    """The indices of `count` neighbours."""
+    from tvm import tirx
+
+    start = tirx.const(first, "int32") if isinstance(first, int) else first
+    return tirx.Ramp(start, tirx.const(1, "int32"), count)
+
+
 def loop(name: str, extent: int, body: Callable[[Any], Any]) -> Any:
     """A loop; none for a single turn."""
     from tvm import tirx

@@ -74,6 +74,15 @@ class Axis:
         """Which outputs see the same taps."""
         return Border(self.extent, self.length, self.kernel, self.stride, self.dilation, self.pad)
 
+    def readers(self, run: Run) -> dict[int, list[tuple[int, int]]]:
+        """By offset from where the first output's window begins: the (output, tap) pairs that read this input."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for taps in run.taps:
+            for tap in range(taps.first, taps.first + taps.count):
+                for output in taps.outputs:
+                    found.setdefault(output * self.stride + tap * self.dilation, []).append((output, tap))
+        return dict(sorted(found.items()))
+
     def clipped(self, output) -> tuple[Any, Any]:
         """Expressions: the first tap inside the picture that output number `output` reads, and how many it reads."""
         from tvm import tirx
