@@ -26,8 +26,9 @@ _KEEPS_SHAPE = frozenset(
     {
         "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp",
         "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu", "Log",
-        "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
-        "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu",
+        "LayerNormalization", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear", "RMSNormalization",
+        "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus",
+        "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
     }
 )  # fmt: skip
 _BROADCASTS = frozenset(
@@ -99,6 +100,8 @@ class ShapeFacts:
 
     def _infer(self, node: ir.Node) -> Shape | None:
         op = node.op_type
+        if op == "Range":
+            return self._range(node)
         first = self.shape(g.input_of(node, 0))
         if op in _KEEPS_SHAPE:
             return first
@@ -115,7 +118,65 @@ class ShapeFacts:
             return self._reshape(node, first)
         if op in ("Conv", "MaxPool", "AveragePool"):
             return self._window(node, first)
+        if op in ("Squeeze", "Unsqueeze"):
+            return self._axes_changed(node, first)
+        if op == "MatMul":
+            return _product_shape(first, self.shape(node.inputs[1]))
+        if op == "Gather":
+            indices = self.shape(node.inputs[1])
+            axis = g.attribute(node, "axis", 0)
+            if indices is None or not -len(first) <= axis < len(first):
+                return None
+            axis %= len(first)
+            return (*first[:axis], *indices, *first[axis + 1 :])
+        if op.startswith("Reduce"):
+            return self._reduced(node, first)
+        if op == "Tile":
+            repeats = g.integers_of(node.inputs[1])
+            same_rank = repeats is not None and len(repeats) == len(first)
+            return tuple(size * n for size, n in zip(first, repeats, strict=True)) if repeats and same_rank else None
         return None
+
+    def _range(self, node: ir.Node) -> Shape | None:
+        """Range(0, n, 1) has n elements, where n is a dimension."""
+        bounds = [self.content(v) for v in node.inputs]
+        if any(b is None or b.ndim for b in bounds):
+            return None
+        start, limit, step = (b[()] for b in bounds if b is not None)
+        if start == 0 and step == 1 and isinstance(limit, Dim) and min(limit.terms.values()) >= 0:
+            return (limit,)
+        return None
+
+    def _axes_changed(self, node: ir.Node, data: Shape) -> Shape | None:
+        axes = g.attribute(node, "axes", None)
+        axes = list(axes) if axes is not None else g.integers_of(g.input_of(node, 1))
+        if axes is None:
+            return None
+        rank = len(data) + (len(axes) if node.op_type == "Unsqueeze" else 0)
+        places = {axis % rank for axis in axes} if all(-rank <= axis < rank for axis in axes) else set()
+        if len(places) != len(axes):
+            return None
+        if node.op_type == "Squeeze":
+            return tuple(size for axis, size in enumerate(data) if axis not in places)
+        rest = iter(data)
+        return tuple(1 if axis in places else next(rest) for axis in range(rank))
+
+    def _reduced(self, node: ir.Node, data: Shape) -> Shape | None:
+        axes = g.attribute(node, "axes", None)
+        operand = g.input_of(node, 1)
+        axes = list(axes) if axes is not None else g.integers_of(operand)
+        if axes is None and operand is not None:
+            return None
+        if not axes:
+            if g.attribute(node, "noop_with_empty_axes", 0):
+                return data
+            axes = list(range(len(data)))
+        if not all(-len(data) <= axis < len(data) for axis in axes):
+            return None
+        gone = {axis % len(data) for axis in axes}
+        if g.attribute(node, "keepdims", 1):
+            return tuple(1 if axis in gone else size for axis, size in enumerate(data))
+        return tuple(size for axis, size in enumerate(data) if axis not in gone)
 
     def _concat(self, node: ir.Node) -> Shape | None:
         shapes = [self.shape(v) for v in node.inputs]
@@ -245,6 +306,14 @@ def _size(dimension: int | ir.SymbolicDim, anonymous: str) -> Size:
     if name and _NAME.fullmatch(name) and name.lower() not in _NAMELESS:
         return Dim.named(name)
     return Dim.named(f"#{anonymous}")
+
+
+def _product_shape(left: Shape | None, right: Shape | None) -> Shape | None:
+    """Of MatMul, for operands that are matrices or stacks of them."""
+    if left is None or right is None or len(left) < 2 or len(right) < 2:
+        return None
+    stack = _broadcast([left[:-2], right[:-2]])
+    return None if stack is None else (*stack, left[-2], right[-1])
 
 
 def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
