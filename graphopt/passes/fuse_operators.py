@@ -6,7 +6,9 @@
 2. Conv, ConvTranspose or MatMul and a constant bias: their own bias, Gemm.
 3. InstanceNormalization (opset 6), LayerNormalization (17), RMSNormalization (23).
 4. Gelu, exact and by tanh (20).
-5. Swish (24): x * Sigmoid(x).
+5. RotaryEmbedding (23): pairs of numbers turned by an angle a position.
+6. Attention (23): softmax(s q k^T + mask) v, over heads, grouped or not.
+7. Swish (24): x * Sigmoid(x).
 
 Operators of a newer set than the model's raise its opset, at most to `max_opset`, where all its other operators mean
 the same there. The default is 23: ONNX Runtime 1.31 has kernels for everything above that needs no newer one. Swish is
@@ -25,21 +27,21 @@ import onnx_ir as ir
 
 from graphopt import graph as g
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
-from graphopt.passes.fusion import bias, depth_to_space, gelu, normalization, swish
+from graphopt.passes.fusion import attention, bias, depth_to_space, gelu, normalization, rotary_embedding, swish
 from graphopt.passes.fusion.opset import raise_opset, refusal
 from graphopt.passes.fusion.pattern import Fusion, View, is_closed, replace
 from graphopt.passes.simplify import Simplify
 from graphopt.shapes.facts import ShapeFacts
 from graphopt.shapes.onnx_inference import infer_shapes
 
-PATTERNS = (depth_to_space, bias, normalization, gelu, swish)
+PATTERNS = (depth_to_space, bias, normalization, gelu, rotary_embedding, attention, swish)
 """In the order they are tried. The last one only where its opset is asked for, whatever the model's is."""
 _OPSETS = (24, 23, 20, 17, 11)
 """Those that brought an operator a pattern makes, or a form of it."""
 
 
 class FuseOperators(Pass):
-    """Write normalizations, GELU, biases and pixel shuffles as the operators ONNX has for them.
+    """Write normalizations, GELU, rotary embeddings, attention and pixel shuffles as the operators ONNX has for them.
 
     `max_opset`: the newest operator set that the model may be raised to (one that is newer stays as it is).
     """
@@ -54,7 +56,10 @@ class FuseOperators(Pass):
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """Fuse what can be fused; `applied` is the number of operators written anew."""
+        declared = [(v.shape, v.type) for v in model.graph.outputs]
         infer_shapes(model)
+        for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
+            value.shape, value.type = shape, type_
         limit, reasons = self._limit(model)
         before, applied, needed = len(model.graph), 0, g.opset_of(model)
         shared: dict = {}
