@@ -37,10 +37,10 @@ def write_artifact(
     settings: Settings,
     libraries: Sequence[Library],
     report: Report,
-    measured: Mapping[str, Any],
+    measured: Mapping[str, Any] | None,
 ) -> None:
-    """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on,
-    `libraries` what a processor tries in turn."""
+    """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on, None where
+    nothing could be measured; `libraries` what a processor tries in turn."""
     models.save(chosen.variant.model if chosen.variant is not None else source.model, folder / MODEL)
     placed = []
     for index, library in enumerate(libraries):
@@ -53,8 +53,10 @@ def write_artifact(
     if front is not None:
         (folder / PARETO).write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")
         (folder / PARETO_PICTURE).write_text(front_plot(front) + "\n", encoding="utf-8")
-    counted = report.place.get("unit") == "instructions"
-    (folder / (INSTRUCTIONS if counted else LATENCY)).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    unit = report.place.get("unit")
+    if measured is not None:
+        name = INSTRUCTIONS if unit == "instructions" else LATENCY
+        (folder / name).write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(settings.to_toml(), encoding="utf-8")
     signature = models.signature(source.model)
     tuning = chosen.record.tuning or {}
@@ -64,7 +66,7 @@ def write_artifact(
         "precision": chosen.record.precision,
         "target": settings.target,
         "libraries": placed,
-        "measured": {"where": report.place.get("label"), "unit": report.place.get("unit"), "timed": not counted},
+        "measured": {"where": report.place.get("label"), "unit": unit, "timed": unit == "seconds"},
         "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
         "signature": {
             "inputs": [_tensor(s) for s in signature.inputs],

@@ -120,7 +120,7 @@ class Compiler:
         lowered = target.lower(specialise(model, self.data.samples[0]))
         tuning = target.tune(
             lowered,
-            seconds=tune_seconds,
+            seconds=tune_seconds if self.place.runs else 0,
             database=database_path(),
             seed=self.settings.seed,
             progress=self.progress,
@@ -133,12 +133,7 @@ class Compiler:
         folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
         try:
             tuning = self.build(variant.model, folder, precision, tune_seconds)
-            with self.place.open(Contender.compiled(folder), None) as run:
-                if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
-                    errors = _verify(run, variant, self.reference)
-                else:
-                    who = f"compiling the {variant.name} variant in {precision}"
-                    errors = self.reference.judge(run, Fidelity.LOSSY, who)
+            errors = self._judge(variant, folder, precision) if self.place.runs else ()
         except VerificationError as error:
             return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
         except GraphoptError as error:
@@ -146,11 +141,18 @@ class Compiler:
                 raise
             return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
         size = sum(f.stat().st_size for f in folder.iterdir())
-        record = _record(variant, "tvm", "measured", size=size, precision=precision)
+        record = _record(variant, "tvm", "measured" if self.place.runs else "not run", size=size, precision=precision)
         record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
         made = Candidate(record, variant, folder)
-        noise_counts = precision != "float32" and variant.fidelity is not Fidelity.LOSSY
+        noise_counts = self.place.runs and precision != "float32" and variant.fidelity is not Fidelity.LOSSY
         return _bounded(made, self.settings.min_snr) if noise_counts and self.data.evaluation is None else made
+
+    def _judge(self, variant: Variant, folder: Path, precision: str) -> tuple[OutputError, ...]:
+        with self.place.open(Contender.compiled(folder), None) as run:
+            if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
+                return _verify(run, variant, self.reference)
+            who = f"compiling the {variant.name} variant in {precision}"
+            return self.reference.judge(run, Fidelity.LOSSY, who)
 
 
 def _bounded(candidate: Candidate, min_snr: float) -> Candidate:

@@ -119,7 +119,10 @@ def run(
         with _timed(report, "compile"):
             candidates = _compile(source, variants, compiler, report)
         with _timed(report, "measure"):
-            chosen, race = _measure_and_choose(source, candidates, compiler, report)
+            if place.runs:
+                chosen, race = _measure_and_choose(source, candidates, compiler, report)
+            else:
+                chosen, race = _choose_unmeasured(candidates, compiler, report), None
         with _timed(report, "libraries"):
             libraries = _make_libraries(chosen, targets, source, compiler, report)
         if stage is not None:
@@ -132,7 +135,7 @@ def run(
                     _replaying(settings, chosen),
                     libraries,
                     report,
-                    {**_with_reference(race).to_dict(), "delivered": chosen.name},
+                    None if race is None else {**_with_reference(race).to_dict(), "delivered": chosen.name},
                 )
     return Result(report, None if settings.output is None else Path(settings.output))
 
@@ -148,6 +151,8 @@ def _resolve(
     settings, target = settled(settings, asked)
     targets = tuple(target if each == asked else each for each in targets)
     place = place_for(target, settings.remote)
+    whole = place.completed(target)
+    targets, target = tuple(whole if each == target else each for each in targets), whole
     _check_place(settings, place)
     threads = getattr(target, "threads" if place.is_here else "thread_count", None) or os.cpu_count() or 1
     if settings.output is not None:
@@ -327,6 +332,20 @@ def _measure_and_choose(
             _tell_missed_precision(report)
             return dataclasses.replace(candidate, record=record), race
     raise TargetError(f"no candidate keeps the accuracy bound on {place.label}")
+
+
+def _choose_unmeasured(candidates: list[Candidate], compiler: Compiler, report: Report) -> Candidate:
+    """What was asked for last, of what was built. Raises TargetError where nothing was."""
+    place = compiler.place
+    report.place = {"baseline": baseline(place), **place.describe()}
+    report.candidates = [c.record for c in candidates]
+    report.warnings += place.warnings()
+    built = [c for c in candidates if c.record.status == "not run"]
+    if not built:
+        record = candidates[0].record
+        raise TargetError(f"nothing can be delivered: {record.name} is {record.status}: {record.reason}")
+    report.choice = explain(built[-1], place)
+    return built[-1]
 
 
 def _with_reference(race: PairedResult | Counts) -> PairedResult | Counts:

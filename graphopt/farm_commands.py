@@ -64,7 +64,7 @@ def status(tracker: str, format_: str) -> int:
 @click.option("--arch", type=click.Choice(["aarch64", "x86_64"]), default="aarch64", show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 def server(arch: str, output: Path) -> int:
-    """Write the RPC server for a device without Python: one program and three libraries, to be copied there.
+    """Write the RPC server for a device without Python: one program and four libraries, to be copied there.
 
     On the device: ./rpc_server PORT KEY [--host ADDRESS] [--tracker HOST:PORT] [--advertise ADDRESS]. It listens on
     127.0.0.1 unless told otherwise: whoever reaches it can run any code there.

@@ -96,7 +96,9 @@ def choose(
 def explain(candidate: Candidate, place: Place) -> Choice:
     """Say in words why this one is delivered."""
     record = candidate.record
-    if record.speedup is None:
+    if not place.runs:
+        why = f"the last that was asked for; nothing was run or timed on {place.label}"
+    elif record.speedup is None:
         why = "only candidate"
     elif candidate.variant is None:
         why = "nothing measured faster than the model that came in, so it is delivered as it is"

@@ -88,6 +88,7 @@ def tune_model(
         raise SpecError(f"--tune-seconds {seconds:g} must not be negative")
     database = database or database_path()
     place = Here() if remote is None else place_for(target, remote)
+    target = place.completed(target)
     lowered = lower_model(path, target, shapes or {}, seed)
     report = target.tune(
         lowered,

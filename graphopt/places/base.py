@@ -11,17 +11,19 @@ import onnx_ir as ir
 
 from graphopt.measure import Contender, Counts, PairedResult
 from graphopt.progress import Progress
-from graphopt.targets.base import Devices
+from graphopt.targets.base import Devices, Target
 from graphopt.verify import Feeds, Runner
 
-Unit = Literal["seconds", "instructions"]
+Unit = Literal["seconds", "instructions", "nothing"]
 
 
 class Place(abc.ABC):
     """Runs what was built for a target, and compares candidates in its unit. A context: what it starts ends with it."""
 
-    kind: ClassVar[Literal["here", "emulated", "device"]]
+    kind: ClassVar[Literal["here", "emulated", "device", "unmeasured"]]
     unit: ClassVar[Unit] = "seconds"
+    runs: ClassVar[bool] = True
+    """Whether anything can be run there: where not, it is built only."""
 
     @property
     @abc.abstractmethod
@@ -32,6 +34,10 @@ class Place(abc.ABC):
     def is_here(self) -> bool:
         """Whether it is this process's machine: only there ONNX Runtime runs, and kernels are timed one by one."""
         return self.kind == "here"
+
+    def completed(self, target: Target) -> Target:
+        """The target, what it leaves open taken from the device."""
+        return target
 
     @abc.abstractmethod
     def open(self, contender: Contender, threads: int | None) -> AbstractContextManager[Runner]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from graphopt.errors import MeasurementError
 from graphopt.measure import Contender, Environment, PairedResult, environment
@@ -12,9 +13,11 @@ from graphopt.measure.paired import join_sessions, take_turns
 from graphopt.places.base import Place
 from graphopt.progress import Progress
 from graphopt.remote.address import Address
-from graphopt.remote.device import Device, check_instructions
+from graphopt.remote.device import Device, check_gpu, check_instructions
 from graphopt.remote.farm import RemoteDevices
 from graphopt.remote.session import connected
+from graphopt.targets.base import Target
+from graphopt.targets.cuda import Cuda
 from graphopt.targets.llvm import LlvmTarget
 from graphopt.verify import Feeds, Runner
 
@@ -28,16 +31,32 @@ class OnDevice(Place):
 
     kind = "device"
 
-    def __init__(self, address: Address, target: LlvmTarget | None = None):
+    def __init__(self, address: Address, target: LlvmTarget | Cuda | None = None):
         self.address = address
         with connected(address) as session:
             self.device: Device = session.device
-            if target is not None:
+            if isinstance(target, Cuda):
+                whole = cast(Cuda, self.completed(target))
+                check_gpu(whole.gpu_arch, self.device, session.where, str(target))
+                check_instructions(whole.host_arch, frozenset(), self.device, session.where, str(target))
+            elif target is not None:
                 check_instructions(target.arch, target.features, self.device, session.where, str(target))
 
     @property
     def label(self) -> str:
         return f"{self.address} ({self.device.name})"
+
+    def completed(self, target: Target) -> Target:
+        """A GPU that is not named is the device's first, and a name does not say how many multiprocessors it has."""
+        if not isinstance(target, Cuda) or not self.device.gpus:
+            return target
+        here = self.device.gpus[0]
+        if target.arch or target.device:
+            same = here.arch == target.gpu_arch and not target.sms
+            return dataclasses.replace(target, sms=here.multiprocessors) if same else target
+        return dataclasses.replace(
+            target, arch=here.arch, host=target.host or self.device.arch, sms=target.sms or here.multiprocessors
+        )
 
     @property
     def devices(self) -> RemoteDevices:

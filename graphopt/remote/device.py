@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import DeviceError, TargetError
+from graphopt.runtime import gpu
 from graphopt.runtime.tvm_engine import LIBRARY, read_description
 from graphopt.targets.llvm import FFI_PIN, TVM_PIN
 
@@ -35,9 +36,19 @@ arch/arm64/include/asm/cputype.h)."""
 
 
 @dataclass(frozen=True)
+class DeviceGpu:
+    """`name`: its driver's. `arch`: `sm_90`. `memory_bytes`: all of it."""
+
+    name: str
+    arch: str
+    memory_bytes: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
 class Device:
     """`cores`: a name for each. `emulated`: QEMU's name of the processor, or empty. Versions are empty where a server
-    that is not graphopt's does not say."""
+    that is not graphopt's does not say. `gpus`: of which the first is used."""
 
     arch: str
     cores: tuple[str, ...]
@@ -49,18 +60,21 @@ class Device:
     emulated: str
     tvm: str
     tvm_ffi: str
+    gpus: tuple[DeviceGpu, ...] = ()
 
     @property
     def name(self) -> str:
         """`Raspberry Pi 4 Model B, 4 x cortex-a72`, for people and for the schedule database."""
         counted = " + ".join(f"{count} x {core}" for core, count in sorted(Counter(self.cores).items()))
-        what = ", ".join(filter(None, (self.board, counted))) or self.arch or "unknown"
+        gpus = [f"{each.name} ({each.arch})" for each in self.gpus]
+        what = ", ".join(filter(None, (self.board, counted, *gpus))) or self.arch or "unknown"
         return f"{what}, emulated" if self.emulated else what
 
     @property
     def fingerprint(self) -> str:
         """12 hexadecimal digits of what decides which kernel is fastest: equal for two boards of one kind."""
         content = [self.arch, sorted(self.cores), sorted(self.features), self.board, self.emulated]
+        content += [[each.name, each.arch, each.multiprocessors] for each in self.gpus]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +83,7 @@ class Device:
             "name": self.name, "fingerprint": self.fingerprint, "arch": self.arch, "cores": list(self.cores),
             "features": sorted(self.features), "board": self.board, "system": self.system,
             "memory_bytes": self.memory_bytes, "available_bytes": self.available_bytes, "emulated": self.emulated,
-            "tvm": self.tvm, "tvm_ffi": self.tvm_ffi,
+            "tvm": self.tvm, "tvm_ffi": self.tvm_ffi, "gpus": [asdict(each) for each in self.gpus],
         }  # fmt: skip
 
 
@@ -106,6 +120,7 @@ def device_of(said: Mapping[str, Any]) -> Device:
         emulated=said["emulated"],
         tvm=said["tvm"],
         tvm_ffi=said["tvm_ffi"],
+        gpus=tuple(DeviceGpu(**each) for each in said.get("gpus", ())),
     )
 
 
@@ -121,6 +136,21 @@ def check_instructions(arch: str, features: frozenset[str], device: Device, wher
         )
 
 
+def check_gpu(arch: str, device: Device, where: str, what: str) -> None:
+    """Raises TargetError where the device has no GPU, or machine code for `arch` does not run on it."""
+    if not device.gpus:
+        raise TargetError(
+            f"{where} ({device.name}) has no GPU that its server can use, and {what} runs on one",
+            hint="it needs NVIDIA's driver and CUDA's runtime library; the server finds them when it starts",
+        )
+    here = device.gpus[0]
+    if not gpu.runs_on(arch, here.arch):
+        raise TargetError(
+            f"the GPU of {where} is {here.arch} ({here.name}), {what} is for {arch}",
+            hint=f"give --target 'cuda{{arch={here.arch}}}'",
+        )
+
+
 def needed_bytes(folder: Path) -> int:
     """Memory that the compiled model in `folder` takes: its library with the weights, its planned memory, its inputs
     and outputs."""
@@ -133,11 +163,13 @@ def needed_bytes(folder: Path) -> int:
 
 
 def check_memory(folder: Path, device: Device, where: str) -> None:
-    """Raises TargetError where the model cannot fit into what memory the device has free."""
+    """Raises TargetError where the model cannot fit into what memory the device, or its GPU, has."""
     needed = needed_bytes(folder)
-    if device.available_bytes and needed > device.available_bytes:
+    on_gpu = read_description(folder).get("device") == "cuda"
+    there = device.gpus[0].memory_bytes if on_gpu else device.available_bytes
+    if there and needed > there:
         raise TargetError(
             f"the model takes {needed / 1e6:.0f} MB with its weights, {where} ({device.name}) has "
-            f"{device.available_bytes / 1e6:.0f} MB free",
+            f"{there / 1e6:.0f} MB {'on its GPU' if on_gpu else 'free'}",
             hint="nothing was uploaded; quantized weights, a smaller batch or a smaller model fit better",
         )

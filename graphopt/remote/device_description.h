@@ -1,10 +1,12 @@
 // What machine this is, as JSON: what `graphopt.remote.device` reads.
 //
 // Features are in /proc/cpuinfo's spelling; on ARM they come from the auxiliary vector, which an emulator fills in for
-// the processor that it emulates. Cores are "IMPLEMENTER:PART" of ARM's MIDR register, or x86's model names.
+// the processor that it emulates. Cores are "IMPLEMENTER:PART" of ARM's MIDR register, or x86's model names. GPUs are
+// what NVIDIA's driver says; asking starts it, and a process that has started it must not fork.
 
 #pragma once
 
+#include <dlfcn.h>
 #include <sys/auxv.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -115,6 +117,34 @@ inline std::vector<std::string> Cores() { return Values("/proc/cpuinfo", "model 
 
 #endif
 
+// A JSON object for each; none where there is no driver.
+inline std::string Gpus() {
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+  if (driver == nullptr) return "[]";
+  auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+  auto count_of = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDeviceGetCount"));
+  auto name_of = reinterpret_cast<int (*)(char*, int, int)>(dlsym(driver, "cuDeviceGetName"));
+  auto attribute_of = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+  auto memory_of = reinterpret_cast<int (*)(size_t*, int)>(dlsym(driver, "cuDeviceTotalMem_v2"));
+  int count = 0;
+  if (!init || !count_of || !name_of || !attribute_of || !memory_of || init(0) || count_of(&count)) return "[]";
+  std::ostringstream json;
+  for (int gpu = 0; gpu < count; gpu++) {
+    constexpr int kMajor = 75, kMinor = 76, kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_...
+    char name[256] = "";
+    int major = 0, minor = 0, multiprocessors = 0;
+    size_t memory = 0;
+    name_of(name, sizeof name, gpu);
+    attribute_of(&major, kMajor, gpu);
+    attribute_of(&minor, kMinor, gpu);
+    attribute_of(&multiprocessors, kMultiprocessors, gpu);
+    if (memory_of(&memory, gpu)) memory = 0;
+    json << (gpu ? ", " : "") << "{\"name\": " << Quoted(name) << ", \"arch\": \"sm_" << major << minor
+         << "\", \"memory_bytes\": " << memory << ", \"multiprocessors\": " << multiprocessors << "}";
+  }
+  return "[" + json.str() + "]";
+}
+
 inline std::string DescribeDevice() {
   utsname system{};
   uname(&system);
@@ -124,7 +154,7 @@ inline std::string DescribeDevice() {
        << ", \"features\": " << List(Features()) << ", \"board\": " << Quoted(BoardModel())
        << ", \"system\": " << Quoted(std::string(system.sysname) + " " + system.release)
        << ", \"memory_bytes\": " << Memory("MemTotal") << ", \"available_bytes\": " << Memory("MemAvailable")
-       << ", \"emulated\": " << Quoted(emulated ? emulated : "") << ", \"tvm\": " << Quoted(GRAPHOPT_TVM)
+       << ", \"gpus\": " << Gpus() << ", \"emulated\": " << Quoted(emulated ? emulated : "") << ", \"tvm\": " << Quoted(GRAPHOPT_TVM)
        << ", \"tvm_ffi\": " << Quoted(GRAPHOPT_TVM_FFI) << "}";
   return json.str();
 }

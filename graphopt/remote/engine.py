@@ -12,7 +12,7 @@ import numpy as np
 
 from graphopt.errors import DataError
 from graphopt.remote.address import Address
-from graphopt.remote.device import check_instructions, check_memory
+from graphopt.remote.device import check_gpu, check_instructions, check_memory
 from graphopt.remote.session import Session, connected
 from graphopt.runtime.tvm_engine import LIBRARY, read_description
 
@@ -36,10 +36,15 @@ class RemoteEngine:
         self._session = self._ending.enter_context(connected(server)) if isinstance(server, Address) else server
         device, where = self._session.device, self._session.where
         check_instructions(description["arch"], frozenset(description["features"]), device, where, str(self.folder))
+        on_gpu = description.get("device") == "cuda"
+        if on_gpu:
+            check_gpu(description["gpu"], device, where, str(self.folder))
+        self._holds = self._session.gpu if on_gpu else self._session.processor
+        """Where inputs and outputs are."""
         check_memory(self.folder, device, where)
         module = self._session.load(self.folder / LIBRARY, name)
         with self._session.told(f"load {self.folder}"):
-            self._machine: Any = relax.VirtualMachine(module, self._session.processor)
+            self._machine: Any = relax.VirtualMachine(module, self._holds)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -70,12 +75,12 @@ class RemoteEngine:
                 )
         with self._session.told(f"run {self.folder}"):
             arrays = [np.ascontiguousarray(feeds[name]) for name in self._inputs]
-            self._machine.set_input("main", *(tvm.runtime.tensor(each, self._session.processor) for each in arrays))
+            self._machine.set_input("main", *(tvm.runtime.tensor(each, self._holds) for each in arrays))
 
     def times_s(self, runs: int) -> tuple[float, ...]:
         """Seconds of `runs` runs, by the device's own clock, after one that does not count. `feed` first."""
         with self._session.told(f"time {self.folder}"):
-            timer = self._machine.time_evaluator("invoke_stateful", self._session.processor, number=1, repeat=runs)
+            timer = self._machine.time_evaluator("invoke_stateful", self._holds, number=1, repeat=runs)
             return tuple(float(s) for s in timer("main").results)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from graphopt.capabilities import host_features
 from graphopt.errors import DeviceError
 from graphopt.remote.tracker import Tracker
-from graphopt.runtime import amx_permission
+from graphopt.runtime import amx_permission, gpu
 
 _PR_SET_PDEATHSIG = 1
 _BOARD = Path("/sys/firmware/devicetree/base/model")
@@ -59,6 +59,10 @@ def prepare() -> None:
 
     tvm_ffi.register_global_func(DESCRIBE, describe, override=True)
     amx_permission.granted()  # asked once, for all sessions
+    if gpu.has_driver() and gpu.find_runtime() is not None:
+        from graphopt.runtime.cuda_engine import load_runtime
+
+        load_runtime()  # the driver starts in the process of a session, which is forked
     if sys.platform == "linux":
         end_with_parent()
         os.register_at_fork(after_in_child=end_with_parent)
@@ -87,6 +91,7 @@ def describe() -> str:
             "system": f"{platform.system()} {platform.release()}",
             "memory_bytes": _bytes(memory, "MemTotal"),
             "available_bytes": _bytes(memory, "MemAvailable"),
+            "gpus": gpu.describe(),
             "emulated": "",
             "tvm": importlib.metadata.version("apache-tvm"),
             "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),

@@ -11,9 +11,11 @@
 //
 // `graphopt.describe_device` says what machine this is, as JSON (see device_description.h).
 //
-// Needs the headers of tvm_ffi, and libtvm_runtime, libtvm_runtime_extra and libtvm_ffi of the device.
+// Needs the headers of tvm_ffi, and libtvm_runtime, libtvm_runtime_extra and libtvm_ffi of the device. Where the device
+// has NVIDIA's driver and CUDA's runtime library, it loads libtvm_runtime_cuda, too, and serves the GPU.
 
 #include <arpa/inet.h>
+#include <dlfcn.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -154,6 +156,17 @@ class Tracker {
   int unused_ = 0;
   std::mt19937_64 random_{std::random_device{}()};
 };
+
+// TVM's part for GPUs, which lies beside this program. It does not start the driver: sessions do, which are forked.
+void LoadGpuPart() {
+  if (dlopen("libcuda.so.1", RTLD_NOW) == nullptr) return;
+  for (const char* library : {"libcudart.so.13", "libtvm_runtime_cuda.so"}) {
+    if (dlopen(library, RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+      fprintf(stderr, "the GPU is not served: %s\n", dlerror());
+      return;
+    }
+  }
+}
 
 // The client says its magic number and "client:KEY ...options"; true where the key is `wanted`. `seconds` is how long
 // the session may last, 0 for any time.
@@ -321,6 +334,7 @@ int main(int count, char** arguments) {
   syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM: AMX's tile registers, where there are any
 #endif
   setenv("TVM_THREAD_POOL_SPIN_COUNT", "2000", 0);  // as graphopt's own engine: idle workers sleep
+  LoadGpuPart();
   int port = 0, listener = Listen(options, &port);
   if (listener < 0) return 1;
   return options.tracker_host.empty() ? ServeAll(listener, options) : ServeTracked(listener, port, options);

@@ -1,4 +1,4 @@
-"""TVM's runtime for another processor: the pinned wheels from PyPI, of which three libraries are kept in the cache."""
+"""TVM's runtime for another processor: the pinned wheels from PyPI, of which four libraries are kept in the cache."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from graphopt.targets.llvm import FFI_PIN, TVM_PIN
 
 LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so", "libtvm_ffi.so")
 """In the order in which they are linked: each needs those behind it."""
+GPU_PART = "libtvm_runtime_cuda.so"
+"""What devices with an NVIDIA GPU load, too."""
+_KEPT = (*LIBRARIES, GPU_PART)
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24")
 _PYTHON = "3.11"
 """Of the wheels; the libraries in them do not depend on it."""
 
 
 def runtime_libraries(arch: str) -> Path:
-    """The folder that holds LIBRARIES for `arch`; fetched once. Raises TargetError: they cannot be fetched."""
+    """The folder that holds LIBRARIES and GPU_PART for `arch`; fetched once.
+
+    Raises TargetError: they cannot be fetched.
+    """
     folder = cache_folder() / "runtime" / f"{arch}-{TVM_PIN}-{FFI_PIN}"
-    if not all((folder / name).is_file() for name in LIBRARIES):
+    if not all((folder / name).is_file() for name in _KEPT):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as wheels:
             _download(arch, Path(wheels))
@@ -52,10 +58,10 @@ def _unpack(wheels: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
                 name = Path(member).name
-                if name in LIBRARIES:
+                if name in _KEPT:
                     partial = folder / f".{name}.{os.getpid()}"
                     partial.write_bytes(archive.read(member))
                     partial.replace(folder / name)
-    missing = [name for name in LIBRARIES if not (folder / name).is_file()]
+    missing = [name for name in _KEPT if not (folder / name).is_file()]
     if missing:
         raise TargetError(f"TVM's wheels hold no {missing[0]}", hint="is the pin of apache-tvm right?")

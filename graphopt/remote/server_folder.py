@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from graphopt.errors import ArtifactError
-from graphopt.remote.runtime_libraries import LIBRARIES
+from graphopt.remote.runtime_libraries import GPU_PART, LIBRARIES
 from graphopt.remote.server_program import server_program
 
 PROGRAM = "rpc_server"
@@ -18,7 +18,7 @@ def write_server(arch: str, folder: Path) -> tuple[Path, ...]:
     Raises TargetError where it cannot be compiled, ArtifactError where it cannot be written.
     """
     program = server_program(arch)
-    sources = {PROGRAM: program, **{name: program.parent / name for name in LIBRARIES}}
+    sources = {PROGRAM: program, **{name: program.parent / name for name in (*LIBRARIES, GPU_PART)}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return tuple(Path(shutil.copy2(source, folder / name)) for name, source in sources.items())

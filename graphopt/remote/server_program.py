@@ -54,7 +54,7 @@ def device_program(arch: str, source: Path) -> Path:
     command = [
         *compiler, "-O2", "-std=c++17", f'-DGRAPHOPT_TVM="{TVM_PIN}"', f'-DGRAPHOPT_TVM_FFI="{FFI_PIN}"',
         f"-I{tvm_ffi.libinfo.find_include_path()}", str(source), f"-L{folder}",
-        "-Wl,--no-as-needed", *(f"-l:{name}" for name in LIBRARIES), "-Wl,-rpath,$ORIGIN",
+        "-Wl,--no-as-needed", *(f"-l:{name}" for name in LIBRARIES), "-ldl", "-Wl,-rpath,$ORIGIN",
     ]  # fmt: skip
     return compiled(command, program, source.name)
 

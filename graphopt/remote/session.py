@@ -40,6 +40,11 @@ class Session:
         """TVM's name of the device's processor, for tensors."""
         return self.rpc.cpu(0)
 
+    @cached_property
+    def gpu(self) -> Any:
+        """TVM's name of the device's first GPU, for tensors."""
+        return self.rpc.cuda(0)
+
     def load(self, library: Path, name: str) -> Any:
         """Upload a library under `name` and load it."""
         with self.told(f"load {library}"):

@@ -46,9 +46,9 @@ def share(ratio: list[float | None] | None) -> str:
     return "-" if not ratio or not ratio[0] else f"{1 / ratio[0]:.3f}x"
 
 
-def compared_by(report: Mapping[str, Any]) -> Literal["seconds", "instructions"]:
+def compared_by(report: Mapping[str, Any]) -> Literal["seconds", "instructions", "nothing"]:
     """What candidates were compared by."""
-    return "instructions" if (report.get("place") or {}).get("unit") == "instructions" else "seconds"
+    return (report.get("place") or {}).get("unit") or "seconds"
 
 
 def place(report: Mapping[str, Any]) -> str:

@@ -100,6 +100,8 @@ def headline(outcome: Outcome) -> str:
         return "No artifact was chosen: this run did not end"
     if outcome.unchanged:
         return "The input model is delivered as it came: nothing measured faster"
+    if formats.compared_by(outcome.report) == "nothing":
+        return f"Built for {formats.place(outcome.report)}: neither run nor timed"
     ratio = (outcome.chosen or {}).get("speedup")
     before, after = outcome.sizes
     smaller = f" and {100 * (1 - after / before):.0f} % smaller" if before and after and after < 0.995 * before else ""

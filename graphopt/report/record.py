@@ -220,9 +220,9 @@ class Report:
     target: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     place: Mapping[str, Any] = field(default_factory=dict)
-    """Where candidates ran. kind: `here`, `emulated` or `device`; label, for people; unit of the comparison: `seconds`
-    or `instructions`; baseline: the candidate that the others are compared with; evaluation_samples: on how many
-    accuracy through engines was measured, where not on all."""
+    """Where candidates ran. kind: `here`, `emulated`, `device` or `unmeasured`; label, for people; unit of the
+    comparison: `seconds`, `instructions` or `nothing`; baseline: the candidate that the others are compared with;
+    evaluation_samples: on how many accuracy through engines was measured, where not on all."""
     calibration: DataRecord | None = None
     evaluation: DataRecord | None = None
     passes: list[PassRecord] = field(default_factory=list)

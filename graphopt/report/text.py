@@ -130,6 +130,9 @@ def _candidates(report: Mapping[str, Any]) -> RenderableType:
     if counted:
         title = f"Instructions of one inference, counted, not timed: {place(report)}"
         headings = ("candidate", "instructions, emulated", f"of {baseline(report)}'s", "size", "")
+    elif compared_by(report) == "nothing":
+        title = f"Built, neither run nor timed: {place(report)}"
+        headings = ("candidate", "median ms [95 %]", f"speed against {baseline(report)}", "size", "")
     else:
         title = f"Measured on {place(report)}, {threads} thread{'s' if threads != 1 else ''}, one paired run"
         headings = ("candidate", "median ms [95 %]", f"speed against {baseline(report)} [95 %]", "size", "")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import onnx_ir as ir
 
@@ -23,6 +23,9 @@ from graphopt.runtime import gpu
 from graphopt.targets import nvcc
 from graphopt.targets.base import Devices, Diagnosis, Lowered, Target, TuningReport
 from graphopt.targets.llvm import TVM_PIN, LoweredModel, compile_error, tensor_descriptions
+
+if TYPE_CHECKING:
+    from graphopt.remote.farm import RemoteDevices
 
 PRECISIONS = {
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
@@ -48,7 +51,8 @@ class Cuda(Target):
 
     `host`: the processor beside it, `x86_64` or `aarch64`; by default that of the device, or this machine's.
     `precision` is `float32`, `float16` or `bfloat16`: what images and weights are stored as between kernels. `graphs`
-    false: every kernel is launched by itself. `without` names templates to leave out, joined by `+`.
+    false: every kernel is launched by itself. `without` names templates to leave out, joined by `+`. `sms`: how many
+    multiprocessors the GPU has; by default what is known of the device, or of this machine's GPU.
     """
 
     name: ClassVar[str] = "cuda"
@@ -58,6 +62,7 @@ class Cuda(Target):
     precision: str = "float32"
     graphs: bool = True
     without: str = ""
+    sms: int = 0
 
     def __post_init__(self):
         if self.arch and self.device:
@@ -66,6 +71,8 @@ class Cuda(Target):
             find_gpu(self.device)
         elif self.arch:
             object.__setattr__(self, "arch", find_architecture(self.arch))
+        if self.sms < 0:
+            raise ValueError(f"sms must be positive, not {self.sms}")
         if self.host not in ("", "x86_64", "aarch64"):
             raise ValueError(f"host must be x86_64 or aarch64, not {self.host!r}")
         if self.precision not in PRECISIONS:
@@ -105,7 +112,9 @@ class Cuda(Target):
 
     @property
     def multiprocessors(self) -> int:
-        """Of the device; of this machine's GPU where it has the architecture; else a usual number."""
+        """As given; of the device; of this machine's GPU where it has the architecture; else a usual number."""
+        if self.sms:
+            return self.sms
         if self.device:
             return find_gpu(self.device).multiprocessors
         here = gpu.multiprocessors() if gpu.architecture() == self.gpu_arch else None
@@ -177,15 +186,16 @@ class Cuda(Target):
         everything: bool = False,
         devices: Devices | None = None,
     ) -> TuningReport:
-        """Choose a template and a decision for each kernel: by measuring candidates on this machine's GPU for about
-        `seconds`, or where these are 0 by what `database` knows and by rule.
+        """Choose a template and a decision for each kernel: by measuring candidates for about `seconds` on this
+        machine's GPU or on those of `devices`, or where `seconds` are 0 by what `database` knows and by rule.
 
-        Raises TargetError where there is something to measure and no GPU of this architecture. `seed` and `everything`
-        change nothing: candidates are few, and the same each time.
+        Raises TargetError where there is something to measure and no GPU of this architecture, DeviceError where no
+        device is left. `seed` and `everything` change nothing: candidates are few, and the same each time.
         """
         from graphopt.targets.tuning.gpu_search import GpuSearch
 
-        return GpuSearch(cast(LoweredModel, lowered), self, Path(database), progress, fresh).run(seconds)
+        lowered, there = cast(LoweredModel, lowered), cast("RemoteDevices | None", devices)
+        return GpuSearch(lowered, self, Path(database), progress, fresh, there).run(seconds)
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""

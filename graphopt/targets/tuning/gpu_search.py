@@ -1,34 +1,32 @@
-"""Choose GPU kernels by measuring them, on this machine's GPU; where there is none, by rule and from what was measured.
+"""Choose GPU kernels by measuring them, on this machine's GPU or on devices over RPC; where there is none, by rule and
+from what was measured.
 
-The candidates of a kernel are the few that the templates' rules put first. They are compiled together into one library
-and timed with CUDA events, operands in the second-level cache. Records are kept in the schedule database under the
-architecture and the number of multiprocessors, so that a machine without a GPU builds with what another one measured.
+The candidates of a kernel are the few that the templates' rules put first, compiled together here wherever they are
+timed (`gpu_timing.py`). Records are kept in the schedule database under the architecture and the number of
+multiprocessors, so that a machine without a GPU builds with what another one measured.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from graphopt.errors import TargetError
-from graphopt.progress import Progress
+from graphopt.errors import DeviceError, TargetError
+from graphopt.progress import Advance, Progress
+from graphopt.remote.farm import Farm, RemoteDevices
 from graphopt.runtime import gpu
-from graphopt.runtime.tvm_engine import last_line
-from graphopt.targets import nvcc
 from graphopt.targets.base import TuningReport
-from graphopt.targets.relax import cuda_executable, pipeline
+from graphopt.targets.relax import pipeline
 from graphopt.targets.schedules import cuda
 from graphopt.targets.schedules.cuda import GpuWorkload
 from graphopt.targets.schedules.cuda.products import product_of
 from graphopt.targets.tuning.database import Database, Key, Record, compiler_version
+from graphopt.targets.tuning.gpu_timing import LIMIT_S, compile_candidates
 from graphopt.targets.tuning.signature import workload_digest
 
 if TYPE_CHECKING:
@@ -37,8 +35,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = 8
 """Of a kernel that are measured."""
-REPEATS = 3
-REPEAT_MS = 2
+POLL_S = 0.2
+"""How long to wait for devices before looking at the clock."""
 
 
 @dataclass
@@ -68,12 +66,21 @@ class Task:
 
 
 class GpuSearch:
-    """Tasks of a lowered model, and the search over them."""
+    """Tasks of a lowered model, and the search over them. `devices` time candidates in this machine's place."""
 
-    def __init__(self, lowered: LoweredModel, target: Cuda, database: Path, progress: Progress, fresh: bool):
-        self.lowered, self.target, self.progress = lowered, target, progress
+    def __init__(
+        self,
+        lowered: LoweredModel,
+        target: Cuda,
+        database: Path,
+        progress: Progress,
+        fresh: bool,
+        devices: RemoteDevices | None = None,
+    ):
+        self.lowered, self.target, self.progress, self.devices = lowered, target, progress, devices
         self.database = Database(database)
         self.tasks = self._tasks(fresh)
+        self._farm: Farm | None = None
 
     def _tasks(self, fresh: bool) -> list[Task]:
         calls = pipeline.call_counts(self.lowered.module)
@@ -94,8 +101,8 @@ class GpuSearch:
     def run(self, seconds: float) -> TuningReport:
         """Measure for about `seconds`, the largest products first; 0: what rules and records say.
 
-        Raises TargetError where something is to be measured and this machine's GPU is not of the architecture.
-        KeyboardInterrupt keeps what was measured.
+        Raises TargetError where something is to be measured and this machine's GPU is not of the architecture,
+        DeviceError where no device is left. KeyboardInterrupt keeps what was measured.
         """
         begun = time.perf_counter()
         waiting = [task for task in self.tasks if task.record is None and len(task.choices) > 1]
@@ -103,14 +110,9 @@ class GpuSearch:
         stopped = False
         try:
             if seconds > 0 and waiting:
-                self._require_gpu()
                 with self.progress.task("tune", len(waiting)) as advance:
-                    for task in waiting:
-                        stopped = time.perf_counter() - begun > seconds
-                        if stopped:
-                            break
-                        self._measure(task)
-                        advance(1)
+                    measure = self._measure_here if self.devices is None else self._measure_there
+                    stopped = measure(waiting, begun + seconds, advance)
         finally:
             for task in self.tasks:
                 for name in task.names:
@@ -124,8 +126,49 @@ class GpuSearch:
         if lacking is not None:
             raise TargetError(f"{self.target} cannot be tuned here: {lacking}", hint="tune there, or for 0 seconds")
 
-    def _measure(self, task: Task) -> None:
-        times = time_choices(task.workload, task.choices[:CANDIDATES], self.target)
+    def _measure_here(self, waiting: list[Task], deadline: float, advance: Advance) -> bool:
+        """Whether time ran out."""
+        self._require_gpu()
+        for task in waiting:
+            if time.perf_counter() > deadline:
+                return True
+            with tempfile.TemporaryDirectory(prefix="graphopt-tune-") as folder:
+                compiled = compile_candidates(task.workload, task.choices[:CANDIDATES], self.target, Path(folder))
+                self._take(task, compiled.time_here())
+            advance(1)
+        return False
+
+    def _measure_there(self, waiting: list[Task], deadline: float, advance: Advance) -> bool:
+        """Whether time ran out. Kernels are compiled here while devices are timing others."""
+        assert self.devices is not None
+        left = list(waiting)
+        with (
+            tempfile.TemporaryDirectory(prefix="graphopt-tune-") as folder,
+            Farm(self.devices.address, LIMIT_S, lambda loss: self.progress.note(f"lost {loss}; its trial is repeated"))
+            as self._farm,
+        ):  # fmt: skip
+            while self._farm.in_flight or (left and time.perf_counter() < deadline):
+                while left and self._farm.has_room and time.perf_counter() < deadline:
+                    task = left.pop(0)
+                    own = Path(folder) / str(len(left))
+                    own.mkdir()
+                    compiled = compile_candidates(task.workload, task.choices[:CANDIDATES], self.target, own)
+                    self._farm.submit(task, compiled.time_there)
+                found = self._farm.next_outcome(POLL_S)
+                if found is None:
+                    continue
+                task, outcome = found
+                if outcome.unreached:
+                    raise DeviceError(f"no device is left to time candidates: {outcome.problem}")
+                if outcome.problem:
+                    self.progress.note(f"{task.names[0]} cannot be timed ({outcome.problem})")
+                else:
+                    self._take(task, outcome.value)
+                advance(1)
+        return bool(left)
+
+    def _take(self, task: Task, times: list[float | str]) -> None:
+        """Keep the fastest."""
         task.trials = len(times)
         for choice, problem in ((c, t) for c, t in zip(task.choices, times, strict=False) if isinstance(t, str)):
             self.progress.note(f"{task.names[0]}: {choice} cannot run ({problem})")
@@ -154,68 +197,6 @@ class GpuSearch:
         digest = hashlib.sha256(json.dumps(sorted(chosen)).encode()).hexdigest()
         known = sum(task.from_database for task in self.tasks)
         trials = sum(task.trials for task in self.tasks)
-        return TuningReport(len(self.tasks), known, trials, seconds, digest, tuple(rows), stopped)
-
-
-def time_choices(workload: GpuWorkload, choices: list[cuda.Choice], target: Cuda) -> list[float | str]:
-    """Microseconds of each choice on this machine's GPU, or why it could not run."""
-    import tvm
-    from tvm.runtime.vm import VirtualMachine
-
-    from graphopt.runtime.cuda_engine import load_runtime
-
-    load_runtime()
-    device: Any = tvm.cuda(0)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(prefix="graphopt-tune-") as folder:
-        library = Path(folder) / "candidates.so"
-        module, parameters = _candidates(workload, choices)
-        cuda_executable.export(
-            module, target.tvm_target(), library, gpu_arch=target.gpu_arch, host_arch=target.host_arch, jobs=2,
-            compiler=nvcc.compile_source, graphs=False,
-        )  # fmt: skip
-        loaded: Any = tvm.runtime.load_module(str(library))
-        machine: Any = VirtualMachine(loaded, device)
-    found: list[float | str] = []
-    for index, shapes in enumerate(parameters):
-        arguments = [tvm.runtime.tensor(_values(rng, shape, dtype), device) for shape, dtype in shapes]
-        timer = machine.time_evaluator(f"run_{index}", device, number=1, repeat=REPEATS, min_repeat_ms=REPEAT_MS)
-        try:
-            found.append(float(np.median(timer(*arguments).results)) * 1e6)
-        except RuntimeError as error:
-            found.append(last_line(error))
-    return found
-
-
-def _candidates(workload: GpuWorkload, choices: list[cuda.Choice]) -> tuple[Any, list[list[tuple[tuple, str]]]]:
-    """A Relax module with a function `run_i` for each choice; and shapes and types of each one's parameters."""
-    from tvm import relax
-
-    builder: Any = relax.BlockBuilder()
-    tensor: Any = relax.TensorType
-    call: Any = relax.call_tir
-    parameters = []
-    for index, choice in enumerate(choices):
-        func = cuda.schedule(workload, choice).func
-        *inputs, output = [(tuple(int(d) for d in p.ty.shape), str(p.ty.dtype)) for p in func.params]
-        called = builder.add_func(func.without_attr("global_symbol"), f"candidate_{index}")
-        taken: list[Any] = [relax.Var(f"x{i}", tensor(*each)) for i, each in enumerate(inputs)]
-        with builder.function(f"run_{index}", taken):
-            with builder.dataflow():
-                made = builder.emit(call(called, taken, tensor(*output)))
-                made = builder.emit_output(made)
-            builder.emit_func_output(made)
-        parameters.append(inputs)
-    return builder.get(), parameters
-
-
-def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Numbers of ordinary size: time may depend on them, by the power they draw."""
-    if "int" in dtype:
-        return rng.integers(-64 if not dtype.startswith("u") else 0, 64, shape).astype(dtype)
-    values = rng.standard_normal(shape) / math.sqrt(max(shape[-1] if shape else 1, 1))
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return values.astype(ml_dtypes.bfloat16)
-    return values.astype(dtype)
+        devices = {} if self._farm is None else dict(self._farm.trials)
+        losses = () if self._farm is None else tuple(map(str, self._farm.losses))
+        return TuningReport(len(self.tasks), known, trials, seconds, digest, tuple(rows), stopped, devices, losses)
