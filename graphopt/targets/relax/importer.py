@@ -44,6 +44,7 @@ from graphopt.targets.relax import (
     rows,
     shape_operators,
     views,
+    written_out,
 )
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.form import Form
@@ -121,6 +122,10 @@ def import_model(model: ir.Model, form: Form) -> Imported:
         qoperators.rewrite(quantized)
         byte_moves.rewrite(quantized, form.byte_type)
         proto = ir.to_proto(quantized)
+    if any(node.op_type in written_out.OPERATORS for node in proto.graph.node):
+        plain = ir.from_proto(proto)
+        written_out.rewrite(plain)
+        proto = ir.to_proto(plain)
     _check_operators(proto)
     return _Importer(proto, form).run()
 
