@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import numpy as np
 import onnx_ir as ir
 
@@ -112,8 +116,27 @@ def replace_value(old: ir.Value, new: ir.Value) -> bool:
     return True
 
 
-def fresh_name(graph: ir.Graph, wanted: str) -> str:
-    """`wanted`, or `wanted_2`, `wanted_3` ... : a name no value or node of the graph or its subgraphs has yet."""
+_remembered: ContextVar[tuple[ir.Graph, set[str | None]] | None] = ContextVar("_remembered", default=None)
+
+
+@contextlib.contextmanager
+def remembering_names(graph: ir.Graph) -> Iterator[None]:
+    """While this lasts, `fresh_name` of this graph takes no time: names are collected once.
+
+    Every name given meanwhile must be an old one or come from `fresh_name`; what loses its name keeps it taken.
+    """
+    known = _remembered.get()
+    if known is not None and known[0] is graph:
+        yield
+        return
+    token = _remembered.set((graph, _names(graph)))
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
+def _names(graph: ir.Graph) -> set[str | None]:
     taken = set(graph.initializers) | {v.name for v in graph.inputs}
     for node in graph.all_nodes():
         taken.add(node.name)
@@ -121,10 +144,18 @@ def fresh_name(graph: ir.Graph, wanted: str) -> str:
     for inner in graph.subgraphs():
         taken.update(inner.initializers)
         taken.update(v.name for v in inner.inputs)
+    return taken
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """`wanted`, or `wanted_2`, `wanted_3` ... : a name no value or node of the graph or its subgraphs has yet."""
+    known = _remembered.get()
+    taken = known[1] if known is not None and known[0] is graph else _names(graph)
     name, number = wanted, 1
     while name in taken:
         number += 1
         name = f"{wanted}_{number}"
+    taken.add(name)
     return name
 
 

@@ -289,6 +289,17 @@ def _recurrent(node: ir.Node, shapes: _Shapes) -> int | None:
     return data[0] * data[1] * w[0] * w[1] * (w[2] + r[2])
 
 
+def _attention(node: ir.Node, shapes: _Shapes) -> int | None:
+    """q k^T and its product with v; operands are (batch, heads, places, size) or (batch, places, heads*size)."""
+    q, k, v = (shapes.static(g.input_of(node, i)) for i in (0, 1, 2))
+    if not g.is_onnx(node) or q is None or k is None or v is None or len(node.inputs) > 4:
+        return None
+    if len(q) == 4:
+        return q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    heads, groups = g.attribute(node, "q_num_heads", 0), g.attribute(node, "kv_num_heads", 0)
+    return q[0] * q[1] * k[1] * (q[2] + v[2] // groups * heads) if heads and groups else None
+
+
 _COUNTED: dict[str, Callable[[ir.Node, _Shapes], int | None]] = {
     "Conv": _convolution(1),
     "ConvInteger": _convolution(1),
@@ -306,6 +317,7 @@ _COUNTED: dict[str, Callable[[ir.Node, _Shapes], int | None]] = {
     "DynamicQuantizeMatMul": _product(0),
     "QLinearMatMul": _product(0),
     "MatMulNBits": _product(0),
+    "Attention": _attention,
     "RNN": _recurrent,
     "GRU": _recurrent,
     "LSTM": _recurrent,

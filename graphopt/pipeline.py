@@ -18,9 +18,9 @@ from graphopt.passes.base import Context, Fidelity, Pass, Skip
 from graphopt.verify import OutputError, Reference, check_structure
 
 PRESETS: Mapping[str, str] = {
-    "exact": "simplify,fold-batch-norm",
-    "int8": "simplify,fold-batch-norm,quantize-int8",
-    "auto": "simplify,fold-batch-norm,quantize-int8",
+    "exact": "simplify,fold-batch-norm,fuse-operators",
+    "int8": "simplify,fold-batch-norm,fuse-operators,quantize-int8",
+    "auto": "simplify,fold-batch-norm,fuse-operators,quantize-int8",
 }
 """Named pipelines. `exact` computes the same function; `int8` adds post-training quantization; from there `auto`
 searches for the settings of all layers."""

@@ -150,3 +150,12 @@ def test_published_multiply_accumulates(shared_model, name):
     assert round(found.macs / scale, digits) == float(number)
     assert found.peak_activation_bytes is not None, found.peak_unknown
     assert sum(row.macs or 0 for row in found.layers) == found.macs
+
+
+def test_attention_counts_its_two_products():
+    body = """g (float[2, 4, 6, 8] q, float[2, 2, 5, 8] k, float[2, 2, 5, 3] v) => (float[2, 4, 6, 3] y) {
+        y = Attention (q, k, v) }"""
+    assert inspect(parse(body, opset=23, ir_version=11)).macs == 2 * 4 * 6 * 5 * (8 + 3)
+    body = """g (float[2, 6, 32] q, float[2, 5, 16] k, float[2, 5, 6] v) => (float[2, 6, 12] y) {
+        y = Attention <q_num_heads = 4, kv_num_heads = 2> (q, k, v) }"""
+    assert inspect(parse(body, opset=23, ir_version=11)).macs == 2 * 4 * 6 * 5 * (8 + 3)

@@ -63,17 +63,18 @@ class FuseOperators(Pass):
         limit, reasons = self._limit(model)
         before, applied, needed = len(model.graph), 0, g.opset_of(model)
         shared: dict = {}
-        for pattern in PATTERNS if self.max_opset >= swish.OPSET else PATTERNS[:-1]:
-            view = View(model, ShapeFacts(model), limit, shared)
-            found = _apply(pattern, view)
-            applied += len(found)
-            needed = max([needed, *(fusion.opset for fusion in found)])
+        with g.remembering_names(model.graph):
+            for pattern in PATTERNS if self.max_opset >= swish.OPSET else PATTERNS[:-1]:
+                found = _apply(pattern, View(model, ShapeFacts(model), limit, shared))
+                applied += len(found)
+                needed = max([needed, *(fusion.opset for fusion in found)])
         if not applied:
             return PassResult(model, 0, reasons)
         notes = [f"{before} nodes became {len(model.graph)}"]
         if needed > g.opset_of(model):
             notes.append(f"opset {g.opset_of(model)} raised to {needed}")
-            raise_opset(model, needed)
+            with g.remembering_names(model.graph):
+                raise_opset(model, needed)
         g.remove_unused_initializers(model.graph)
         result = Simplify(use_onnxsim=False, keep_overridable=True).run(model, context)  # reshapes around them meet
         return PassResult(result.model, applied, reasons, tuple(notes))

@@ -103,23 +103,31 @@ class Simplify(Pass):
     def _to_fixpoint(self, model: ir.Model) -> None:
         given = frozenset(model.graph.initializers)
         declared = [(v.shape, v.type) for v in model.graph.outputs]
-        for _ in range(_MOST_ROUNDS):
-            if not self._round(model, given):
-                break
-        else:
-            raise PassError(f"simplify does not settle in {_MOST_ROUNDS} rounds", hint="please report the model")
+        with g.remembering_names(model.graph):
+            for _ in range(_MOST_ROUNDS):
+                if not self._round(model, given):
+                    break
+            else:
+                raise PassError(f"simplify does not settle in {_MOST_ROUNDS} rounds", hint="please report the model")
         for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
             value.shape, value.type = shape, type_
 
     def _round(self, model: ir.Model, given: frozenset[str]) -> int:
+        """Infer shapes, then do what follows from them until nothing changes: inference is the dear part."""
         changed = lift_constants(model)
         infer_shapes(model)
-        changed += store_known_vectors(model, ShapeFacts(model))
-        changed += fold_constants(model, self.max_folded_bytes, given)
-        changed += drop_redundant(model, ShapeFacts(model))
-        changed += fuse_chains(model, ShapeFacts(model))
-        changed += merge_duplicates(model, ShapeFacts(model))
-        return changed + _remove_unused(model)
+        for _ in range(_MOST_ROUNDS):
+            facts = ShapeFacts(model)  # what is known of a value stays true whatever else goes
+            step = store_known_vectors(model, facts)
+            step += fold_constants(model, self.max_folded_bytes, given)
+            step += drop_redundant(model, facts)
+            step += fuse_chains(model, facts)
+            step += merge_duplicates(model, facts)
+            step += _remove_unused(model)
+            if not step:
+                break
+            changed += step
+        return changed
 
 
 def constants_from_inputs(model: ir.Model) -> int:

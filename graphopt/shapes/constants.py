@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from graphopt import graph as g
+from graphopt.shapes import moving
 
 NONDETERMINISTIC = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -197,6 +199,8 @@ class _Evaluator:
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 4
         self._refusals = ort_refusals()
+        self._opset = g.opset_of(model)
+        self._sessions: dict[bytes, Any] = {}
 
     def run(self, node: ir.Node, operands: list[np.ndarray | None]) -> list[np.ndarray] | None:
         size = _result_bytes(node, operands)
@@ -204,6 +208,9 @@ class _Evaluator:
             return None
         if any(v.dtype is not None and not _plain(v.dtype) for v in (*node.inputs, *node.outputs) if v is not None):
             return None
+        moved = moving.moved(node, operands, self._opset)
+        if moved is not None:
+            return [moved]
         names = ["" if array is None else f"i{k}" for k, array in enumerate(operands)]
         outputs = [f"o{k}" if v.name else "" for k, v in enumerate(node.outputs)]
         proto = onnx.helper.make_node(node.op_type, names, outputs, domain=node.domain)
@@ -219,11 +226,13 @@ class _Evaluator:
             [onnx.helper.make_empty_tensor_value_info(n) for n in outputs if n],
         )
         single = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
+        content = single.SerializeToString()  # nodes that differ in names only share a session
         try:
-            session = self._ort.InferenceSession(
-                single.SerializeToString(), self._options, providers=["CPUExecutionProvider"]
-            )
-            results = session.run(None, feeds)
+            if content not in self._sessions:
+                self._sessions[content] = self._ort.InferenceSession(
+                    content, self._options, providers=["CPUExecutionProvider"]
+                )
+            results = self._sessions[content].run(None, feeds)
         except self._refusals:
             return None
         arrays = [r for r in results if isinstance(r, np.ndarray)]

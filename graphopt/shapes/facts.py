@@ -54,6 +54,9 @@ class ShapeFacts:
                 if node.op_type == "Split":
                     self._infer_split(node)
                     continue
+                if node.op_type in ("GRU", "LSTM", "RNN"):
+                    self._infer_recurrent(node)
+                    continue
                 shape = self._infer(node)
                 if shape is not None:
                     self._shapes[node.outputs[0]] = self._sharpen(shape, node.outputs[0])
@@ -102,6 +105,9 @@ class ShapeFacts:
         op = node.op_type
         if op == "Range":
             return self._range(node)
+        if op == "ConstantOfShape":
+            target = self.content(g.input_of(node, 0))
+            return None if target is None else tuple(target)
         first = self.shape(g.input_of(node, 0))
         if op in _KEEPS_SHAPE:
             return first
@@ -118,6 +124,8 @@ class ShapeFacts:
             return self._reshape(node, first)
         if op in ("Conv", "MaxPool", "AveragePool"):
             return self._window(node, first)
+        if op == "ConvTranspose":
+            return self._transposed_window(node, first)
         if op in ("Squeeze", "Unsqueeze"):
             return self._axes_changed(node, first)
         if op == "MatMul":
@@ -131,6 +139,13 @@ class ShapeFacts:
             return (*first[:axis], *indices, *first[axis + 1 :])
         if op.startswith("Reduce"):
             return self._reduced(node, first)
+        if op == "Expand":
+            target = self.content(node.inputs[1])
+            return None if target is None else _broadcast([first, tuple(target)])
+        if op == "Pad":
+            return self._padded(node, first)
+        if op == "Slice":
+            return self._sliced(node, first)
         if op == "Tile":
             repeats = g.integers_of(node.inputs[1])
             same_rank = repeats is not None and len(repeats) == len(first)
@@ -138,14 +153,45 @@ class ShapeFacts:
         return None
 
     def _range(self, node: ir.Node) -> Shape | None:
-        """Range(0, n, 1) has n elements, where n is a dimension."""
+        """Range(0, n, 1) has n elements, where n is a dimension; with plain numbers it is arithmetic."""
         bounds = [self.content(v) for v in node.inputs]
         if any(b is None or b.ndim for b in bounds):
             return None
         start, limit, step = (b[()] for b in bounds if b is not None)
+        if isinstance(start, int) and isinstance(limit, int) and isinstance(step, int) and step:
+            return (len(range(start, limit, step)),)
         if start == 0 and step == 1 and isinstance(limit, Dim) and min(limit.terms.values()) >= 0:
             return (limit,)
         return None
+
+    def _padded(self, node: ir.Node, data: Shape) -> Shape | None:
+        pads = g.attribute(node, "pads", None)
+        found = self.content(g.input_of(node, 1)) if pads is None else np.array(pads, dtype=object)
+        if found is None or found.shape != (2 * len(data),) or g.input_of(node, 3) is not None:
+            return None
+        return tuple(size + found[axis] + found[axis + len(data)] for axis, size in enumerate(data))
+
+    def _sliced(self, node: ir.Node, data: Shape) -> Shape | None:
+        """Along axes of known size."""
+        if "starts" in node.attributes:
+            operands = [g.attribute(node, name, None) for name in ("starts", "ends", "axes")] + [None]
+        else:
+            found = [(v, self.content(v)) for v in (g.input_of(node, k) for k in range(1, 5))]
+            if any(v is not None and (c is None or c.ndim != 1) for v, c in found):
+                return None
+            operands = [c for _, c in found]
+        starts, ends = operands[0], operands[1]
+        if starts is None or ends is None:
+            return None
+        axes = range(len(starts)) if operands[2] is None else operands[2]
+        steps = [1] * len(starts) if operands[3] is None else operands[3]
+        sizes = list(data)
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+            whole = sizes[axis] if isinstance(axis, int) and -len(sizes) <= axis < len(sizes) else None
+            if not isinstance(whole, int) or not all(isinstance(n, int) for n in (start, end, step)) or step == 0:
+                return None
+            sizes[axis] = len(range(*slice(start, end, step).indices(whole)))
+        return tuple(sizes)
 
     def _axes_changed(self, node: ir.Node, data: Shape) -> Shape | None:
         axes = g.attribute(node, "axes", None)
@@ -207,6 +253,15 @@ class ShapeFacts:
                 part = Dim.named(f"#{value.name}#{axis}")
             self._shapes[value] = self._sharpen((*whole[:axis], part, *whole[axis + 1 :]), value)
 
+    def _infer_recurrent(self, node: ir.Node) -> None:
+        """Y: (places, directions, batch, hidden); Y_h and Y_c: (directions, batch, hidden)."""
+        data, weights = self.shape(node.inputs[0]), self.shape(g.input_of(node, 2))
+        if data is None or weights is None or len(data) != 3 or len(weights) != 3 or g.attribute(node, "layout", 0):
+            return
+        shapes = [(data[0], weights[0], data[1], weights[2]), *[(weights[0], data[1], weights[2])] * 2]
+        for value, shape in zip(node.outputs, shapes, strict=False):
+            self._shapes[value] = self._sharpen(shape, value)
+
     def _reshape(self, node: ir.Node, data: Shape) -> Shape | None:
         target = self.content(g.input_of(node, 1))
         if target is None or g.attribute(node, "allowzero", 0):
@@ -252,6 +307,23 @@ class ShapeFacts:
             reach = dilations[axis] * (kernel[axis] - 1) + 1
             room = data[2 + axis] + (pads[axis] + pads[axis + spatial] - reach)
             sizes.append(floor_divide(room, strides[axis]) + 1)
+        return tuple(sizes)
+
+    def _transposed_window(self, node: ir.Node, data: Shape) -> Shape | None:
+        """ConvTranspose with explicit padding: stride*(size-1) + output_padding + dilation*(kernel-1) + 1 - pads."""
+        weight = self.shape(g.input_of(node, 1))
+        explicit = g.attribute(node, "auto_pad", "NOTSET") == "NOTSET" and "output_shape" not in node.attributes
+        if weight is None or len(weight) != len(data) or not explicit:
+            return None
+        spatial = len(data) - 2
+        strides = g.attribute(node, "strides", (1,) * spatial)
+        dilations = g.attribute(node, "dilations", (1,) * spatial)
+        more = g.attribute(node, "output_padding", (0,) * spatial)
+        pads = g.attribute(node, "pads", (0,) * (2 * spatial))
+        sizes: list[Size] = [data[0], weight[1] * g.attribute(node, "group", 1)]
+        for axis in range(spatial):
+            reach = (weight[2 + axis] + -1) * dilations[axis] + (1 + more[axis] - pads[axis] - pads[axis + spatial])
+            sizes.append((data[2 + axis] + -1) * strides[axis] + reach)
         return tuple(sizes)
 
     # -- contents ----------------------------------------------------------------------------------------------

@@ -23,13 +23,26 @@ def infer_shapes(model: ir.Model) -> None:
         inferred = onnx.shape_inference.infer_shapes(_without_large(model), data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError):
         return
-    found = {v.name: v for node in ir.from_proto(inferred).graph for v in node.outputs if v.name}
+    found = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in model.graph:
         for value in node.outputs:
             known = found.get(str(value.name))
-            if known is not None:
-                value.type = known.type if known.type is not None else value.type
-                value.shape = known.shape if known.shape is not None else value.shape
+            if known is None:
+                continue
+            if not known.HasField("tensor_type"):
+                value.type = ir.serde.deserialize_type_proto_for_type(known)
+                value.shape = ir.serde.deserialize_type_proto_for_shape(known) or value.shape
+                continue
+            if known.tensor_type.elem_type:
+                value.type = ir.TensorType(ir.DataType(known.tensor_type.elem_type))
+            if known.tensor_type.HasField("shape"):
+                value.shape = ir.Shape([_dimension(d) for d in known.tensor_type.shape.dim])
+
+
+def _dimension(proto: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:
+    if proto.HasField("dim_value"):
+        return proto.dim_value
+    return ir.SymbolicDim(proto.dim_param or None)
 
 
 def _without_large(model: ir.Model) -> onnx.ModelProto:

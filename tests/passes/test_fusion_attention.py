@@ -61,7 +61,8 @@ def test_rotary_embedding(first, interleaved, how, order, heads, pairs, batch, o
     rng = np.random.default_rng(0)
     sizes = {"N": 3, "S": 5}
     feeds = {
-        name: rng.standard_normal([sizes.get(d, d) for d in dims]).astype(np.float32) for name, dims in w.inputs.items()
+        name: rng.standard_normal([sizes[d] if isinstance(d, str) else d for d in dims]).astype(np.float32)
+        for name, dims in w.inputs.items()
     }
     result = fuse(w.model(y), feeds)
     assert operators(result.model).count("RotaryEmbedding") == 1

@@ -26,6 +26,18 @@ NODES = [
     "Transpose <perm = [2, 0, 1]> (x)",
     "Reshape (x, zero_one)",
     "Reshape (x, flat)",
+    "ConvTranspose (x, w)",
+    "ConvTranspose <strides = [2], pads = [1, 0], output_padding = [1], dilations = [2]> (x, w)",
+    "Unsqueeze (x, axis)",
+    "ReduceMean <axes = [1], keepdims = 0> (x)",
+    "ReduceMax <axes = [-1]> (x)",
+    "ReduceSum (x, axis)",
+    "Tile (x, thrice)",
+    "Expand (x, thrice)",
+    "Pad (x, pads)",
+    "Gather <axis = 1> (x, indices)",
+    "MatMul (square, x)",
+    "Slice (x, axis, two, axis)",
 ]
 
 
@@ -46,7 +58,9 @@ def unknown_sizes(shape, n, h):
 @pytest.mark.parametrize("node", NODES)
 def test_shapes_are_what_the_runtime_makes(node):
     model = parse(f"""g (float[N, 2, H] x) => (int64[R] s)
-    <float[2, 2, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, int64[3] zero_one = {{0, 1, -1}}, int64[1] flat = {{-1}}> {{
+    <float[2, 2, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, int64[3] zero_one = {{0, 1, -1}}, int64[1] flat = {{-1}},
+     int64[1] axis = {{1}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 2, 1}}, int64[6] pads = {{0, 1, 2, 0, 0, 3}},
+     int64[2, 2] indices = {{0, 1, 1, 0}}, float[3, 2] square = {{1, 2, 3, 4, 5, 6}}> {{
         y = {node} s = Shape(y) }}""")
     infer_shapes(model)
     shape = ShapeFacts(model).shape(model.graph[0].outputs[0])
@@ -93,3 +107,16 @@ def test_large_weights_do_not_travel_and_stay_in_order():
     assert list(model.graph.initializers) == ["a", "b", "c"]
     assert [v.name for v in model.graph.inputs] == ["x"]
     assert not any(v.is_graph_input() for v in model.graph.initializers.values())
+
+
+def test_recurrent_layers_and_ranges():
+    model = parse("""g (float[S, N, 3] x, float[2, 12, 3] w, float[2, 12, 4] v) =>
+    (float[S, 2, N, 4] y, float[2, N, 4] h, int64[S] r)
+    <int64 zero = {0}, int64 one = {1}> {
+        y, h = GRU <hidden_size = 4, direction = "bidirectional"> (x, w, v)
+        s = Shape(x) n = Gather(s, zero) r = Range(zero, n, one) }""")
+    infer_shapes(model)
+    facts = ShapeFacts(model)
+    found = {v.name: facts.shape(v) for node in model.graph for v in node.outputs}
+    s, n = Dim.named("S"), Dim.named("N")
+    assert (found["y"], found["h"], found["r"]) == ((s, 2, n, 4), (2, n, 4), (s,))

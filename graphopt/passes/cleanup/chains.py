@@ -211,6 +211,7 @@ def _split_slices(model: ir.Model, facts: ShapeFacts) -> int:
             first, last, _ = slice(start, end).indices(size)
             by_source.setdefault((node.inputs[0], axis), []).append((first, last, node))
     removed = 0
+    places: dict[ir.Node, int] = {}
     for (value, axis), pieces in by_source.items():
         shape = facts.shape(value)
         pieces = sorted(pieces, key=lambda piece: piece[0])
@@ -221,14 +222,17 @@ def _split_slices(model: ir.Model, facts: ShapeFacts) -> int:
         sizes = [last - first for first, last, _ in pieces]
         if min(sizes) <= 0:
             continue
-        _as_split(model, value, axis, sizes, [node for _, _, node in pieces])
+        places = places or {node: place for place, node in enumerate(model.graph)}
+        slices = [node for _, _, node in pieces]
+        _as_split(model, value, axis, sizes, slices, min(slices, key=places.__getitem__))
         removed += len(pieces) - 1
     return removed
 
 
-def _as_split(model: ir.Model, value: ir.Value, axis: int, sizes: list[int], slices: list[ir.Node]) -> None:
+def _as_split(
+    model: ir.Model, value: ir.Value, axis: int, sizes: list[int], slices: list[ir.Node], where: ir.Node
+) -> None:
     graph = model.graph
-    where = min(slices, key={node: k for k, node in enumerate(graph)}.__getitem__)
     inputs, attributes = [value], {"axis": axis}
     if g.opset_of(model) >= 13:
         name = f"{slices[0].outputs[0].name}_split"

@@ -150,9 +150,11 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value | None:
     shapes = [g.static_shape(v) for v in operands]
     mask = g.input_of(node, 3)
     plain = not any(g.attribute(node, name, 0) for name in ("softcap", "softmax_precision", "qk_matmul_output_mode"))
-    if len(node.inputs) > 4 or not plain or g.attribute(node, "is_causal", 0) or None in shapes:
+    if len(node.inputs) > 4 or not plain or g.attribute(node, "is_causal", 0):
         return None
-    rank = len(shapes[0] or ())
+    if shapes[0] is None or shapes[1] is None or shapes[2] is None:
+        return None
+    rank = len(shapes[0])
     if rank == 3:
         heads, groups = g.attribute(node, "q_num_heads", 0), g.attribute(node, "kv_num_heads", 0)
         split = []
@@ -161,7 +163,7 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value | None:
             opened = w.reshaped(value, shape[0], shape[1], count, shape[2] // count)
             split.append((w.add("Transpose", opened, perm=[0, 2, 1, 3]), shape[0], shape[1], shape[2] // count))
     else:
-        heads, groups = (shapes[0] or ())[1], (shapes[1] or ())[1]
+        heads, groups = shapes[0][1], shapes[1][1]
         split = [(v, s[0], s[2], s[3]) for v, s in zip(operands, shapes, strict=True) if s is not None]
     (q, batch, rows, size), (k, _, columns, _), (v, _, _, width) = split
     assert q is not None and k is not None and v is not None
