@@ -15,7 +15,7 @@ from graphopt.libraries import Library
 from graphopt.report import Report
 from graphopt.report.front import front_plot, pareto
 from graphopt.report.html import to_html
-from graphopt.runtime.artifact import COMPILED, MODEL, write_manifest
+from graphopt.runtime.artifact import COMPILED, HYBRID, MODEL, write_manifest
 from graphopt.settings import Settings
 from graphopt.variants import Source
 from graphopt.verify import Feeds
@@ -46,6 +46,8 @@ def write_artifact(
     for index, library in enumerate(libraries):
         placed.append({"folder": f"{COMPILED}-{index}" if index else COMPILED, "target": library.record.target})
         shutil.copytree(library.path, folder / placed[-1]["folder"])
+    if chosen.record.engine == "hybrid":
+        shutil.copytree(chosen.path, folder / HYBRID)
     written = report.to_dict()
     (folder / REPORT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(to_html(written), encoding="utf-8")
@@ -66,6 +68,7 @@ def write_artifact(
         "precision": chosen.record.precision,
         "target": settings.target,
         "libraries": placed,
+        "parts": [{"engine": p.engine, "nodes": p.nodes, "why": p.why} for p in chosen.record.parts],
         "measured": {"where": report.place.get("label"), "unit": unit, "timed": unit == "seconds"},
         "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
         "signature": {
@@ -81,7 +84,7 @@ def write_artifact(
         },
     }
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    write_manifest(folder, manifest, [n for n in names if n.startswith((MODEL, COMPILED))])
+    write_manifest(folder, manifest, [n for n in names if n.startswith((MODEL, COMPILED, f"{HYBRID}/"))])
 
 
 def _tensor(spec: models.TensorSpec) -> dict[str, Any]:

@@ -34,7 +34,7 @@ PLAIN = "exact · tvm"
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that could be delivered: `path` is an ONNX file, or the folder of a compiled library."""
+    """Something that could be delivered: `path` is an ONNX file, or the folder of a compiled library or of parts."""
 
     record: CandidateRecord
     variant: Variant | None
@@ -49,6 +49,8 @@ class Candidate:
         """What a place opens and races."""
         if self.record.engine == "tvm":
             return Contender.compiled(self.path, self.name)
+        if self.record.engine == "hybrid":
+            return Contender.hybrid(self.path, self.name)
         return Contender.onnx(self.path, self.name)
 
 
@@ -116,8 +118,12 @@ class Compiler:
 
     def build(self, model: ir.Model, folder: Path, precision: str, tune_seconds: float) -> TuningReport:
         """Tune and compile `model` into `folder`, unverified. Raises TargetError."""
+        return self.build_static(specialise(model, self.data.samples[0]), folder, precision, tune_seconds)
+
+    def build_static(self, model: ir.Model, folder: Path, precision: str, tune_seconds: float) -> TuningReport:
+        """`build` of a model whose input shapes are static already."""
         target = narrowed(self.target, precision) if precision in NARROW else self.target
-        lowered = target.lower(specialise(model, self.data.samples[0]))
+        lowered = target.lower(model)
         tuning = target.tune(
             lowered,
             seconds=tune_seconds if self.place.runs else 0,
@@ -150,7 +156,7 @@ class Compiler:
     def _judge(self, variant: Variant, folder: Path, precision: str) -> tuple[OutputError, ...]:
         with self.place.open(Contender.compiled(folder), None) as run:
             if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
-                return _verify(run, variant, self.reference)
+                return verify(run, variant, self.reference)
             who = f"compiling the {variant.name} variant in {precision}"
             return self.reference.judge(run, Fidelity.LOSSY, who)
 
@@ -165,7 +171,7 @@ def _bounded(candidate: Candidate, min_snr: float) -> Candidate:
     return candidate
 
 
-def _verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
+def verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
     """Exact variants: within rounding of the input model. Lossy ones: compiling may add at most twice the noise that
     the lossy pass itself added (a value on the edge between two quanta may fall either way in two correct engines,
     and some networks make as much of that as of the quantization); accuracy through this engine is measured later."""

@@ -26,6 +26,7 @@ from graphopt.candidates import Candidate, Compiler, baseline, make_candidates
 from graphopt.engine_accuracy import judge_engine
 from graphopt.errors import DataError, SpecError, TargetError
 from graphopt.gate import choose, compare_candidates, explain
+from graphopt.hybrid import with_hybrids
 from graphopt.libraries import Library, leading, make_libraries, parse_targets
 from graphopt.measure import Counts, PairedResult, environment, time_reference
 from graphopt.mixing import mix
@@ -293,7 +294,7 @@ def _search(source: Source, variants: list[Variant], compiler: Compiler, report:
 
 
 def _compile(source: Source, variants: list[Variant], compiler: Compiler, report: Report) -> list[Candidate]:
-    candidates = make_candidates(source, variants, compiler)
+    candidates = with_hybrids(make_candidates(source, variants, compiler), compiler)
     if compiler.place.is_here:
         candidates, report.layers = mix(candidates, compiler)
     known = {v.name for v in variants}

@@ -37,7 +37,9 @@ def compare_candidates(
     """
     reference = next(c.record for c in candidates if c.name == baseline(place))
     if reference.status != "measured":
-        raise TargetError(f"nothing can be delivered: {reference.name} is {reference.status}: {reference.reason}")
+        hint = None if place.is_here else "only on this machine could ONNX Runtime take over what TVM lacks"
+        what = f"nothing can be delivered: {reference.name} is {reference.status}: {reference.reason}"
+        raise TargetError(what, hint=hint)
     racing = [c.contender for c in candidates if c.record.status == "measured"]
     result = place.race(racing, feeds, threads=threads, seconds=seconds, seed=seed, progress=progress)
     compared = []
@@ -66,9 +68,9 @@ def choose(
 
     Latency may depend on the values fed (some kernels branch on them): who wins on one sample and loses on another
     has not won. Never one that is slower than the reference over all sessions, or clearly in any. Among those as
-    fast as the fastest (see TIE; counts are exact and tie when equal) the smaller comes first, and float32 before
-    bf16 and fp16. With `by_size` the one that takes the fewest bytes to run comes first (its compiled library, or its
-    model file), and of these the fastest.
+    fast as the fastest (see TIE; counts are exact and tie when equal) the smaller comes first, float32 before
+    bf16 and fp16, and one engine before two. With `by_size` the one that takes the fewest bytes to run comes first
+    (its compiled library, or its model file), and of these the fastest.
     """
     compared = [c for c in candidates if c.record.speedup is not None]
     tie, level = (1.0, 1.0) if isinstance(result, Counts) else (TIE, LEVEL)
@@ -124,6 +126,7 @@ def _counted(record: CandidateRecord, place: Place) -> str:
     return f"{what}, {1 / record.speedup[0]:.2f}x those of the exact variant; it was never timed on a device"
 
 
-def _delivered_bytes(candidate: Candidate) -> tuple[int, bool, str]:
+def _delivered_bytes(candidate: Candidate) -> tuple[int, bool, bool, str]:
     model = candidate.variant.record.parameter_bytes if candidate.variant is not None else 0
-    return model, candidate.record.precision != "float32", candidate.record.engine
+    engine = candidate.record.engine
+    return model, candidate.record.precision != "float32", engine == "hybrid", engine

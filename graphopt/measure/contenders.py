@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from graphopt.errors import MeasurementError
 
-Engine = Literal["onnxruntime", "tvm", "artifact"]
+Engine = Literal["onnxruntime", "tvm", "hybrid", "artifact"]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`path` is an ONNX file (`onnxruntime`), a compiled folder (`tvm`) or a folder that `graphopt.load` opens."""
+    """`path` is an ONNX file (`onnxruntime`), a compiled folder (`tvm`), a folder of parts
+    (`hybrid`) or a folder that `graphopt.load` opens."""
 
     name: str
     path: Path
@@ -30,6 +31,11 @@ class Contender:
     def compiled(cls, folder: str | os.PathLike[str], name: str | None = None) -> Contender:
         """A folder that `graphopt.runtime.tvm_engine.TvmEngine` opens."""
         return cls(name or Path(folder).name, Path(folder), "tvm")
+
+    @classmethod
+    def hybrid(cls, folder: str | os.PathLike[str], name: str | None = None) -> Contender:
+        """A folder that `graphopt.runtime.hybrid_engine.HybridEngine` opens."""
+        return cls(name or Path(folder).name, Path(folder), "hybrid")
 
     @classmethod
     def artifact(cls, folder: str | os.PathLike[str], name: str | None = None) -> Contender:

@@ -27,6 +27,7 @@ from graphopt.measure import wire
 _ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime": ("graphopt.runtime.onnxruntime_engine", "OnnxRuntimeEngine"),
     "tvm": ("graphopt.runtime.compiled", "open_compiled"),
+    "hybrid": ("graphopt.runtime.hybrid_engine", "HybridEngine"),
     "artifact": ("graphopt", "load"),
 }
 _PR_SET_PDEATHSIG = 1

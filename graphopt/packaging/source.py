@@ -56,10 +56,15 @@ class Source:
 
 def read_source(path: str | os.PathLike[str]) -> Source:
     """Read an artifact folder; its libraries need not run here. Raises ArtifactError: not one, or
-    damaged; TargetError: it is for a GPU."""
+    damaged; TargetError: it is for a GPU, or in parts for two engines."""
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
     check_files(folder, manifest)
+    if manifest["engine"] == "hybrid":
+        raise TargetError(
+            f"{path} runs in parts, on TVM and ONNX Runtime; a package has one engine",
+            hint="graphopt.load opens it; or optimize with --engine onnxruntime",
+        )
     libraries = tuple(
         Library(folder / name / LIBRARY, target, read_description(folder / name))
         for name, target in library_folders(manifest)

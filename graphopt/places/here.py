@@ -26,6 +26,10 @@ class Here(Place):
             from graphopt.runtime.compiled import open_compiled
 
             yield open_compiled(contender.path, threads).run
+        elif contender.engine == "hybrid":
+            from graphopt.runtime.hybrid_engine import HybridEngine
+
+            yield HybridEngine(contender.path, threads).run
         else:
             from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 

@@ -34,6 +34,17 @@ def milliseconds(latency: Mapping[str, Any] | None) -> str:
     return f"{1e3 * latency['median_s']:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
 
 
+def engine_name(engine: str) -> str:
+    """As people write it."""
+    return {"onnxruntime": "ONNX Runtime", "tvm": "TVM", "hybrid": "TVM and ONNX Runtime"}.get(engine, engine)
+
+
+def part_times(part: Mapping[str, Any]) -> str:
+    """Of a part alone in both engines, where it was timed: `0.061 / 0.078`."""
+    seconds = part["seconds"]
+    return f"{1e3 * seconds['tvm']:.3f} / {1e3 * seconds['onnxruntime']:.3f}" if len(seconds) == 2 else "-"
+
+
 def instructions(count: int | None) -> str:
     """1234567 -> `1.235 M`."""
     if count is None:

@@ -55,6 +55,7 @@ def _parts(outcome: Outcome) -> Html:
             _latency(outcome),
             _front(outcome),
             _candidates(outcome),
+            _model_parts(outcome),
             _size_and_accuracy(outcome),
             _operators(outcome),
             _passes(outcome),
@@ -95,6 +96,15 @@ def _front(outcome: Outcome) -> Html | None:
 def _candidates(outcome: Outcome) -> Html | None:
     shown = tables.candidates(outcome)
     return section("Candidates", "candidates", shown) if shown else None
+
+
+def _model_parts(outcome: Outcome) -> Html | None:
+    records = [r for r in outcome.report.get("candidates") or () if r.get("parts")]
+    if not records:
+        return None
+    note = "A model that TVM cannot compile whole is cut into the fewest parts; they run one after another."
+    shown = [el("div", el("h3", record["name"]), tables.parts(record), class_="group") for record in records]
+    return section("Parts", "parts", shown, note=note)
 
 
 def _size_and_accuracy(outcome: Outcome) -> Html | None:

@@ -230,6 +230,23 @@ def _layer_time(layer: Mapping[str, Any], candidate: str, names: Sequence[str]) 
     return el("strong", text) if seconds == fastest and len(names) > 1 else text
 
 
+def parts(record: Mapping[str, Any]) -> Html:
+    """The parts of a model that is cut for two engines, in the order in which they run."""
+    rows = [
+        (
+            formats.engine_name(part["engine"]),
+            str(part["nodes"]),
+            code(part["first"]),
+            code(part["last"]),
+            formats.part_times(part),
+            part["why"],
+        )
+        for part in record["parts"]
+    ]
+    headings = ("engine", "nodes", "from", "to", "alone, ms: TVM / ONNX Runtime", "why")
+    return table(headings, rows, label=f"parts of {record['name']}", numeric=(1, 4), wide=5)
+
+
 def tuning(records: Sequence[Mapping[str, Any]]) -> Html | None:
     """What the schedule search decided, by candidate."""
     parts = [_tuning(r["name"], r["tuning"]) for r in records if r.get("tuning")]

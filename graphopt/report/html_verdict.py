@@ -137,11 +137,6 @@ def _missed(outcome: Outcome) -> list[Html | str]:
     return parts
 
 
-def engine_name(engine: str) -> str:
-    """As people write it."""
-    return {"onnxruntime": "ONNX Runtime", "tvm": "TVM"}.get(engine, engine)
-
-
 def loss(variant: Mapping[str, Any]) -> str:
     """`0.40 points worse`; for outputs that are no classes `3.0 dB short`."""
     if (variant.get("accuracy") or {}).get("metric") == "snr":
@@ -207,7 +202,7 @@ def _accuracy(outcome: Outcome) -> Html:
         return _figure("Accuracy", "not measured", reason, "")
     metric = after["metric"]
     engine = (
-        f"through {engine_name(outcome.choice['engine'])}"
+        f"through {formats.engine_name(outcome.choice['engine'])}"
         if (outcome.chosen or {}).get("accuracy") and outcome.choice
         else ""
     )
@@ -232,6 +227,7 @@ def _size(outcome: Outcome) -> Html:
         f"{100 * (after / before - 1):+.0f} %".replace("-", "−") if abs(after / before - 1) >= 0.005 else "unchanged"
     )
     engine = (outcome.choice or {}).get("engine")
-    note = "compiled library with its weights" if engine == "tvm" else "ONNX file"
+    notes = {"tvm": "compiled library with its weights", "hybrid": "compiled libraries and ONNX files of the parts"}
+    note = notes.get(str(engine), "ONNX file")
     kind = "good" if after < 0.995 * before else ""
     return _figure("Size", value, f"{formats.size(before)} → {formats.size(after)}", note, kind)

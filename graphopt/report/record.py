@@ -78,6 +78,25 @@ class VariantRecord:
 
 
 @dataclass(frozen=True)
+class PartRecord:
+    """One part of a model that is cut for two engines."""
+
+    engine: str
+    nodes: int
+    operators: Mapping[str, int]
+    first: str
+    """Label of its first node."""
+    last: str
+    why: str
+    """Why this engine runs it."""
+    inputs: tuple[str, ...]
+    """Values that it reads."""
+    outputs: tuple[str, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By engine: median of the part alone, where both were timed."""
+
+
+@dataclass(frozen=True)
 class CandidateRecord:
     """One variant on one engine."""
 
@@ -105,6 +124,8 @@ class CandidateRecord:
     precision: str = "float32"
     """What images and weights are stored as: `float32` (or the model's own types), or `bf16`."""
     tuning: Mapping[str, Any] | None = None
+    parts: tuple[PartRecord, ...] = ()
+    """Of a candidate on the engine `hybrid`, in the order in which they run."""
 
 
 @dataclass(frozen=True)

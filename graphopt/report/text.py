@@ -17,8 +17,10 @@ from graphopt.report.formats import (
     accuracy,
     baseline,
     compared_by,
+    engine_name,
     instructions,
     milliseconds,
+    part_times,
     place,
     share,
     size,
@@ -36,6 +38,7 @@ def to_text(report: Mapping[str, Any], details: bool = False) -> RenderableType:
     searched = search_text(report)
     parts += [] if searched is None else [searched]
     parts.append(_candidates(report))
+    parts += [_parts(record) for record in report["candidates"] if record.get("parts")]
     if report.get("libraries"):
         parts.append(_libraries(report))
     parts += _conclusion(report)
@@ -153,6 +156,18 @@ def _candidates(report: Mapping[str, Any]) -> RenderableType:
             Text(note),
             style="bold green" if chosen else None,
         )
+    return table
+
+
+def _parts(record: Mapping[str, Any]) -> RenderableType:
+    """A model cut for two engines: which, where and why."""
+    table = Table(title=f"Parts of {record['name']}, in order", title_justify="left", title_style="bold")
+    for heading in ("engine", "nodes", "from", "to", "alone, ms: TVM / ONNX Runtime", "why"):
+        numeric = heading == "nodes" or heading.startswith("alone")
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for part in record["parts"]:
+        cells = (engine_name(part["engine"]), str(part["nodes"]), Text(part["first"]), Text(part["last"]))
+        table.add_row(*cells, part_times(part), Text(part["why"]))
     return table
 
 

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 MODEL = "model.onnx"
 COMPILED = "compiled"
+HYBRID = "hybrid"
 
 Outputs = dict[str, np.ndarray]
 
@@ -25,7 +26,7 @@ class Artifact:
     """A model ready to run: `artifact.run({"x": array}) -> {"y": array}`.
 
     The engine is the one that measured fastest. Of several libraries the first is loaded whose every instruction this
-    processor has. A library compiled by TVM holds for one set of input shapes;
+    processor has. A library compiled by TVM holds for one set of input shapes, and so does a model in parts;
     calls with other shapes that the model allows (a larger batch, say) go to ONNX Runtime and `model.onnx`.
     """
 
@@ -47,12 +48,17 @@ class Artifact:
             chosen, engine = open_first(list(folders), threads)
             self.target = folders[chosen]
             self._compiled_run = engine.run
+        elif self.engine == "hybrid":
+            from graphopt.runtime.hybrid_engine import HybridEngine
+
+            self._compiled_run = HybridEngine(folder / HYBRID, threads).run
+        else:
+            self._open_flexible()
+        if self._compiled_run is not None:
             self._compiled_shapes = tuple(
                 (name, tuple(shape), np.dtype(self._inputs[name]["dtype"]))
                 for name, shape in manifest["compiled_shapes"].items()
             )
-        else:
-            self._open_flexible()
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -153,7 +159,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["schema"] > MANIFEST_SCHEMA:
         raise ArtifactError(f"{folder} was written by a newer graphopt", hint="update graphopt to open it")
     missing = {"engine", "signature", "files"} - manifest.keys()
-    if missing or (manifest["engine"] == "tvm" and "compiled_shapes" not in manifest):
+    if missing or (manifest["engine"] in ("tvm", "hybrid") and "compiled_shapes" not in manifest):
         raise ArtifactError(f"{folder / MANIFEST} is damaged: it lacks {', '.join(sorted(missing)) or 'shapes'}")
     return manifest
 

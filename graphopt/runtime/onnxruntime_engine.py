@@ -40,11 +40,11 @@ class OnnxRuntimeEngine:
         source = model if isinstance(model, bytes) else str(Path(model).absolute())
         if isinstance(source, str) and not Path(source).is_file():
             raise ModelError(f"no such file: {self._label}")
-        self._failures = _failures()
+        self._failures = failures()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except self._failures as error:
-            raise ModelError(f"ONNX Runtime cannot load {self._label}: {_one_line(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot load {self._label}: {one_line(error)}") from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._output_list = list(self.output_names)
@@ -59,7 +59,7 @@ class OnnxRuntimeEngine:
             values = self._session.run(self._output_list, feeds)
         except (*self._failures, ValueError) as error:
             self._check(feeds)
-            raise TargetError(f"ONNX Runtime failed on {self._label}: {_one_line(error)}") from error
+            raise TargetError(f"ONNX Runtime failed on {self._label}: {one_line(error)}") from error
         return dict(zip(self.output_names, values, strict=True))  # type: ignore[arg-type]
 
     def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
@@ -98,7 +98,7 @@ _DTYPES = {
 }
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: its own classes share no base, and some of its failures are RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -106,6 +106,19 @@ def _failures() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError)
 
 
-def _one_line(error: BaseException) -> str:
+def output_types(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Element type, as numpy names it, and shape of the outputs whose shapes are static, as ONNX Runtime infers them;
+    scalars are left out, since it describes values of unknown rank like them. Raises ModelError."""
+    engine = OnnxRuntimeEngine(file, 1, optimize=False)
+    found = {}
+    for value in engine._session.get_outputs():
+        dtype, shape = _DTYPES.get(value.type), value.shape
+        if dtype is not None and shape and all(isinstance(d, int) for d in shape):
+            found[value.name] = str(dtype), tuple(int(d) for d in shape)
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """An error of ONNX Runtime's in short."""
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import spec
@@ -49,6 +50,26 @@ class TuningReport:
         return sum((row["time_us"] or 0.0) * row["calls"] for row in self.rows)
 
 
+@dataclass(frozen=True)
+class TensorType:
+    """Element type, as numpy names it, and static shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a target makes of the nodes of a model, each on its own."""
+
+    refused: Mapping[str, str]
+    """By an output of a node: why it cannot be translated."""
+    types: Mapping[str, TensorType]
+    """By name: what is known of values."""
+    constants: Mapping[str, np.ndarray]
+    """By name: values that depend on shapes and constants only."""
+
+
 class Devices(Protocol):
     """Remote devices of one kind, that time candidates: `graphopt.remote.farm.RemoteDevices`."""
 
@@ -84,6 +105,13 @@ class Target(abc.ABC):
 
         Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated.
         """
+
+    def survey(self, model: ir.Model, known: Mapping[str, TensorType]) -> Survey | None:
+        """Which nodes of a model with static input shapes and no functions `lower` would refuse; `known`: types of
+        values where they are static. None: this target cannot tell. Raises TargetError where it is no node that is
+        refused.
+        """
+        return None
 
     @abc.abstractmethod
     def tune(

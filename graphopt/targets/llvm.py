@@ -21,7 +21,7 @@ from graphopt import capabilities
 from graphopt.errors import TargetError
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime import amx_permission
-from graphopt.targets.base import Devices, Lowered, Target, TuningReport
+from graphopt.targets.base import Devices, Lowered, Survey, Target, TensorType, TuningReport
 
 if TYPE_CHECKING:
     from graphopt.targets.relax import ahead_of_time
@@ -177,6 +177,12 @@ class LlvmTarget(Target):
             tiles=self.uses_tiles(integers),
             layers=layer_calls.layer_calls(module, imported.made_for),
         )
+
+    def survey(self, model: ir.Model, known: Mapping[str, TensorType]) -> Survey:
+        """Which nodes `lower` would refuse."""
+        from graphopt.targets.relax import importer, survey
+
+        return survey.survey(model, self.form(importer.multiplies_bytes(model)), known)
 
     def tune(
         self,

@@ -55,7 +55,8 @@ def planned_bytes(module) -> int:
     def visit(each) -> None:
         if isinstance(each, relax.Call) and getattr(each.op, "name", "") == "relax.vm.alloc_storage":
             shape: Any = each.args[0]
-            found.extend(int(size) for size in shape.values[:1] if isinstance(size, tvm.tirx.IntImm))
+            sizes = shape.values[:1] if isinstance(shape, relax.ShapeExpr) else ()  # a variable: known at run time
+            found.extend(int(size) for size in sizes if isinstance(size, tvm.tirx.IntImm))
 
     for function in module.functions.values():
         if isinstance(function, relax.Function):

@@ -62,7 +62,7 @@ _ = (
     shape_operators,
     views,
 )  # importing them fills EMITTERS
-_DTYPES = frozenset(
+DTYPES = frozenset(
     ["float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 )
 
@@ -76,6 +76,8 @@ _MOVES = frozenset(
     ["Transpose", "Reshape", "Split", "Slice", "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
 )
 """Operators that move elements and look at none."""
+_DATA_DEPENDENT = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
+"""Operators whose output shape depends on data; TVM gives some of them a static one."""
 
 
 def multiplies_bytes(model: ir.Model) -> bool:
@@ -114,6 +116,13 @@ def import_model(model: ir.Model, form: Form) -> Imported:
     Inputs that are also initializers are constants. Raises UnsupportedOperatorError naming every operator that has no
     translation (and one node of each), and TargetError for anything else TVM refuses.
     """
+    proto = prepared(model, form)
+    _check_operators(proto)
+    return Importer(proto, form).run()
+
+
+def prepared(model: ir.Model, form: Form) -> onnx.ModelProto:
+    """The nodes that are imported: functions inlined, quantized operators in the one form that is understood."""
     proto = ir.to_proto(model)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
@@ -126,30 +135,40 @@ def import_model(model: ir.Model, form: Form) -> Imported:
         plain = ir.from_proto(proto)
         written_out.rewrite(plain)
         proto = ir.to_proto(plain)
-    _check_operators(proto)
-    return _Importer(proto, form).run()
+    return proto
 
 
 def _check_operators(proto: onnx.ModelProto) -> None:
-    from tvm.relax.frontend.onnx import onnx_frontend
-
-    known = set(onnx_frontend._get_convert_map()) | set(EMITTERS) | {"Constant"}
     missing: dict[str, str] = {}
     for node in proto.graph.node:
-        is_default = node.domain in ("", "ai.onnx")
-        if is_default and node.op_type in known and not any(a.HasField("g") or a.graphs for a in node.attribute):
-            continue
-        missing.setdefault(node.op_type if is_default else f"{node.domain}.{node.op_type}", _label(node))
+        if not has_importer(node):
+            missing.setdefault(operator(node), _label(node))
     if missing:
         listed = ", ".join(f"{op} (node {name!r})" for op, name in sorted(missing.items()))
         raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint="the model can stay on ONNX Runtime")
+
+
+def has_importer(node: onnx.NodeProto) -> bool:
+    """Whether there is any translation of an operator; it may still refuse some attributes and operands."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    if node.domain not in ("", "ai.onnx") or any(a.HasField("g") or a.graphs for a in node.attribute):
+        return False
+    return node.op_type in EMITTERS or node.op_type == "Constant" or node.op_type in onnx_frontend._get_convert_map()
+
+
+def operator(node: onnx.NodeProto) -> str:
+    """The type, with its domain where that is not ONNX's own."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
 def _label(node: onnx.NodeProto) -> str:
     return node.name or node.output[0]
 
 
-class _Importer:
+class Importer:
+    """Walks the nodes of a model, once."""
+
     def __init__(self, proto: onnx.ModelProto, form: Form):
         from tvm import relax
 
@@ -163,6 +182,22 @@ class _Importer:
         from tvm import relax
 
         graph = self.proto.graph
+        params = self.parameters()
+        bb = self.builder.bb
+        with bb.function("main", params):
+            with bb.dataflow():
+                for node in graph.node:
+                    self.node(node)
+                outputs = [self._output(o.name) for o in graph.output]
+                result = bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            bb.emit_func_output(result)
+        return Imported(bb.get(), tuple(self.builder.made_for))
+
+    def parameters(self) -> list[Any]:
+        """The variables of the graph's inputs; these and the initializers become known values."""
+        from tvm import relax
+
+        graph = self.proto.graph
         for tensor in graph.initializer:
             array = onnx.numpy_helper.to_array(tensor)
             self.values[tensor.name] = Value(tuple(array.shape), str(array.dtype), const=array)
@@ -173,21 +208,14 @@ class _Importer:
             param = relax.Var(f"input_{position}", relax.TensorType(static, dtype))
             params.append(param)
             self.values[info.name] = Value(shape, dtype, plain=param)
-        bb = self.builder.bb
-        with bb.function("main", params):
-            with bb.dataflow():
-                for node in graph.node:
-                    self._node(node)
-                outputs = [self._output(o.name) for o in graph.output]
-                result = bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
-            bb.emit_func_output(result)
-        return Imported(bb.get(), tuple(self.builder.made_for))
+        return params
 
     def _output(self, name: str):
         """The plain form under a binding of its own: an output may be an input or a constant."""
         return self.builder.plain(self.values[name])
 
-    def _node(self, node: onnx.NodeProto) -> None:
+    def node(self, node: onnx.NodeProto) -> None:
+        """Import one node. Raises TargetError."""
         inputs = [self.values[name] if name else None for name in node.input]
         self.builder.layer = _label(node)
         results = self._folded(node, inputs)
@@ -236,6 +264,8 @@ class _Importer:
         from tvm.error import InternalError
         from tvm.relax.frontend.onnx import onnx_frontend
 
+        if node.op_type in _DATA_DEPENDENT:
+            raise _dynamic(node)
         operands = onnx_frontend.onnx_input()
         operands.extend(self._operands(node, inputs))
         repeated: Any = node.attribute
@@ -293,11 +323,7 @@ class _Importer:
             raise _refused(node, f"its result is {type(kind).__name__}, not a tensor")
         shape = kind.shape
         if not isinstance(shape, relax.ShapeExpr) or any(not isinstance(d, tvm.tirx.IntImm) for d in shape.values):
-            raise TargetError(
-                f"{node.op_type}: its output shape depends on data, and compiled models have static shapes",
-                node=_label(node),
-                hint="the model can stay on ONNX Runtime",
-            )
+            raise _dynamic(node)
         dims: Any = shape.values
         stored = self.builder.narrows and str(kind.dtype) == self.builder.precision
         dtype = "float32" if stored else str(kind.dtype)
@@ -373,9 +399,17 @@ def _static_type(info: onnx.ValueInfoProto) -> tuple[tuple[int, ...], str]:
             )
         shape.append(int(dim.dim_value))
     dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TargetError(f"input {info.name!r} is {dtype}, which cannot be compiled")
     return tuple(shape), dtype
+
+
+def _dynamic(node: onnx.NodeProto) -> TargetError:
+    return TargetError(
+        f"{node.op_type}: its output shape depends on data, and compiled models have static shapes",
+        node=_label(node),
+        hint="the model can stay on ONNX Runtime",
+    )
 
 
 def _refused(node: onnx.NodeProto, error: Exception | str) -> TargetError:

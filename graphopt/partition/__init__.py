@@ -1,0 +1,22 @@
+"""Cutting a model into parts for two engines."""
+
+from __future__ import annotations
+
+from graphopt.partition.cut import Part, cut, work_of
+from graphopt.partition.extract import PartModel, extract
+from graphopt.partition.nodes import Nodes
+from graphopt.partition.phases import fewest_parts
+from graphopt.partition.types import inlined, known_types, store_constants
+
+__all__ = [
+    "Nodes",
+    "Part",
+    "PartModel",
+    "cut",
+    "extract",
+    "fewest_parts",
+    "inlined",
+    "known_types",
+    "store_constants",
+    "work_of",
+]
