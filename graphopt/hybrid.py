@@ -178,7 +178,7 @@ class _Maker:
         return refused
 
     def _guilty(self, key: tuple[int, ...]) -> list[int]:
-        """The first node without which, and all after it, a part compiles: found by halving. Empty after MOST_GUILTY."""
+        """The first node without which, and all after it, a part compiles: by halving. Empty after MOST_GUILTY."""
         if self.searched == MOST_GUILTY:
             return []
         self.searched += 1

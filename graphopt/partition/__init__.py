@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from graphopt.partition.cut import Part, cut, work_of
-from graphopt.partition.extract import PartModel, extract
+from graphopt.partition.cutting import Part, cut, work_of
 from graphopt.partition.nodes import Nodes
+from graphopt.partition.part_models import PartModel, extract
 from graphopt.partition.phases import fewest_parts
 from graphopt.partition.types import inlined, known_types, store_constants
 

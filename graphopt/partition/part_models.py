@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.partition.cut import Part
+from graphopt.partition.cutting import Part
 from graphopt.partition.nodes import Nodes
 from graphopt.targets.base import TensorType
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +39,7 @@ def cut(nodes: Nodes, refused: Mapping[int, str], work: Sequence[float]) -> list
     `refused`: by position, why a node cannot or should not be compiled. `work`: see `work_of`. TVM parts with less work
     than WORTH_S are given up, the smallest first, since each that goes lets its neighbours join.
     """
-    given_up: dict[int, str] = {}
+    given_up: set[int] = set()
     for limit in (WORTH_S / 8, WORTH_S / 4, WORTH_S / 2, WORTH_S):
         while True:
             kinds = ["onnxruntime" if i in refused or i in given_up else "tvm" for i in range(len(nodes.nodes))]
@@ -48,8 +48,7 @@ def cut(nodes: Nodes, refused: Mapping[int, str], work: Sequence[float]) -> list
             if not small:
                 break
             for part in small:
-                taken = sum(work[i] for i in part)
-                given_up.update(dict.fromkeys(part, f"about {taken * 1e6:.0f} us of work, not worth a switch"))
+                given_up.update(part)
     return [
         Part("tvm", tuple(part), "TVM compiles all of it")
         if kinds[part[0]] == "tvm"
@@ -58,7 +57,7 @@ def cut(nodes: Nodes, refused: Mapping[int, str], work: Sequence[float]) -> list
     ]
 
 
-def _why(nodes: Nodes, part: Sequence[int], refused: Mapping[int, str], given_up: Mapping[int, str]) -> str:
+def _why(nodes: Nodes, part: Sequence[int], refused: Mapping[int, str], given_up: Collection[int]) -> str:
     """Each reason with the nodes it holds for; those that only lie between are counted."""
     reasons = Counter(refused[i] for i in part if i in refused)
     said = []
@@ -68,8 +67,8 @@ def _why(nodes: Nodes, part: Sequence[int], refused: Mapping[int, str], given_up
         said.append(f"{reason} ({', '.join(where[:_LISTED])}{more})")
     between = sum(i in given_up for i in part)
     if between:
-        each = f"{between} node{'s' if between > 1 else ''}"
-        said.append(f"{each} beside {'them' if reasons else 'nothing'}: too little work to switch engines for")
+        each = f"{between} node{'s' if between > 1 else ''}{' beside them' if reasons else ''}"
+        said.append(f"{each}: too little work to switch engines for")
     return "; ".join(said)
 
 
