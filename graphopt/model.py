@@ -17,10 +17,12 @@ import onnx_ir as ir
 from graphopt.errors import ModelError, nearest
 from graphopt.graph import tensor_of
 from graphopt.shapes.inferred import inferred_shapes
-from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.shapes.onnx_inference import infer_shapes, without_large
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 PROTOBUF_LIMIT_BYTES = 2_147_483_647
+CHECKED_WITH_WEIGHTS_BYTES = 256 << 20
+"""A model in memory with more is checked by the types of its weights."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def check(model: ir.Model, what: str, file: Path | None = None) -> None:
         if file is not None:
             onnx.checker.check_model(str(file), full_check=True)
         else:
-            onnx.checker.check_model(ir.to_proto(model), full_check=True)
+            large = (
+                parameter_bytes(model) > CHECKED_WITH_WEIGHTS_BYTES
+            )  # they would be copied, or be too much for protobuf
+            onnx.checker.check_model(without_large(model) if large else ir.to_proto(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ModelError(f"{what} is not a valid ONNX model: {_first_line(error)}") from error
 

@@ -87,3 +87,12 @@ def test_initializers_keep_shape_and_order(array):
     found = model()
     value = g.add_initializer(found.graph, "n", array)
     np.testing.assert_array_equal(g.constant_of(value), array)
+
+
+def test_names_are_remembered_and_stay_fresh():
+    model = parse("g (float[2] x) => (float[2] y) { r = Relu(x) y = Neg(r) }")
+    with g.remembering_names(model.graph):
+        names = [g.fresh_name(model.graph, "r") for _ in range(3)]
+        g.add_initializer(model.graph, "r", np.zeros(1, np.float32))
+    assert names == ["r_2", "r_3", "r_4"] and "r_5" in model.graph.initializers
+    assert g.fresh_name(model.graph, "r_5") == "r_5_2", "collected anew"

@@ -279,3 +279,17 @@ def test_inputs_that_are_no_tensors_are_refused():
     )
     with pytest.raises(ModelError, match="sequence"):
         models.signature(model)
+
+
+def test_a_large_model_is_checked_without_copying_its_weights(monkeypatch):
+    monkeypatch.setattr(models, "CHECKED_WITH_WEIGHTS_BYTES", 4096)
+    model = parse("g (float[N, 2] x) => (float[N, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }")
+    wide = np.ones((2, 2048), np.float32)
+    model.graph.initializers["w"].const_value = ir.Tensor(wide, name="w")
+    model.graph.initializers["w"].shape = ir.Shape(wide.shape)
+    model.graph.outputs[0].shape = ir.Shape(["N", 2048])
+    models.check(model, "it")
+    assert "w" in model.graph.initializers and len(model.graph.inputs) == 1
+    model.graph[0].op_type = "Relu"
+    with pytest.raises(ModelError, match="not a valid ONNX model"):
+        models.check(model, "it")

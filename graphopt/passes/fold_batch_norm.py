@@ -46,6 +46,10 @@ class FoldBatchNorm(Pass):
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """Fold what can be folded; `applied` counts BatchNormalization nodes removed."""
+        with g.remembering_names(model.graph), g.collection_paused():
+            return self._run(model)
+
+    def _run(self, model: ir.Model) -> PassResult:
         applied = 0
         refused: dict[ir.Node, str] = {}
         progress = True

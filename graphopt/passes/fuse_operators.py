@@ -63,7 +63,7 @@ class FuseOperators(Pass):
         limit, reasons = self._limit(model)
         before, applied, needed = len(model.graph), 0, g.opset_of(model)
         shared: dict = {}
-        with g.remembering_names(model.graph):
+        with g.remembering_names(model.graph), g.collection_paused():
             for pattern in PATTERNS if self.max_opset >= swish.OPSET else PATTERNS[:-1]:
                 found = _apply(pattern, View(model, ShapeFacts(model), limit, shared))
                 applied += len(found)

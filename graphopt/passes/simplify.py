@@ -103,17 +103,20 @@ class Simplify(Pass):
     def _to_fixpoint(self, model: ir.Model) -> None:
         given = frozenset(model.graph.initializers)
         declared = [(v.shape, v.type) for v in model.graph.outputs]
-        with g.remembering_names(model.graph):
+        with g.remembering_names(model.graph), g.collection_paused():
             for _ in range(_MOST_ROUNDS):
-                if not self._round(model, given):
+                if self._settled(model, given):
                     break
             else:
                 raise PassError(f"simplify does not settle in {_MOST_ROUNDS} rounds", hint="please report the model")
         for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
             value.shape, value.type = shape, type_
 
-    def _round(self, model: ir.Model, given: frozenset[str]) -> int:
-        """Infer shapes, then do what follows from them until nothing changes: inference is the dear part."""
+    def _settled(self, model: ir.Model, given: frozenset[str]) -> bool:
+        """Infer shapes, which is dear, then do what follows from them until nothing changes.
+
+        False where more may be inferred now: something changed, and there are shapes yet to be learnt.
+        """
         changed = lift_constants(model)
         infer_shapes(model)
         for _ in range(_MOST_ROUNDS):
@@ -124,10 +127,10 @@ class Simplify(Pass):
             step += fuse_chains(model, facts)
             step += merge_duplicates(model, facts)
             step += _remove_unused(model)
-            if not step:
-                break
             changed += step
-        return changed
+            if not step:
+                return not changed or facts.are_complete(model)
+        return False
 
 
 def constants_from_inputs(model: ir.Model) -> int:

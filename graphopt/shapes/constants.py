@@ -68,15 +68,16 @@ def fold_constants(
     known: dict[ir.Value, np.ndarray] = {}
     foldable: list[ir.Node] = []
     for node in model.graph:
-        if not _may_fold(node):
-            continue
         operands: list[np.ndarray | None] = []
         for value in node.inputs:
-            array = None if value is None else known.get(value, g.constant_of(value))
+            array = known.get(value) if value is not None else None
+            array = g.constant_of(value) if array is None else array
             if value is not None and array is None:
                 break
             operands.append(array)
         else:
+            if not _may_fold(node):
+                continue
             results = evaluator.run(node, operands)
             if results is not None:
                 known.update(zip((v for v in node.outputs if v.name), results, strict=True))

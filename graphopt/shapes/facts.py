@@ -80,6 +80,26 @@ class ShapeFacts:
             self._contents[value] = _objects(array) if array is not None and kept else None
         return self._contents[value]
 
+    def are_complete(self, model: ir.Model) -> bool:
+        """Whether every shape is known, in numbers and in dimensions of the model's inputs: nothing can be added."""
+        named = {
+            atom
+            for value in model.graph.inputs
+            for size in self.shape(value) or ()
+            if isinstance(size, Dim)
+            for monomial in size.terms
+            for atom in monomial
+        }
+        for node in model.graph:
+            for value in node.outputs:
+                shape = self._shapes.get(value) if value.name else ()
+                if shape is None or (value.type is None and value.name):
+                    return False
+                for size in shape:
+                    if isinstance(size, Dim) and not all(a in named for m in size.terms for a in m):
+                        return False
+        return True
+
     def vectors(self) -> list[tuple[ir.Value, np.ndarray]]:
         """The computed integer values that are known at least in part, in topological order."""
         return [(v, c) for v, c in self._contents.items() if c is not None and v.producer() is not None]

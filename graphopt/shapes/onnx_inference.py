@@ -20,7 +20,7 @@ def infer_shapes(model: ir.Model) -> None:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
     try:
-        inferred = onnx.shape_inference.infer_shapes(_without_large(model), data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(without_large(model), data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError):
         return
     found = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
@@ -45,7 +45,8 @@ def _dimension(proto: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:
     return ir.SymbolicDim(proto.dim_param or None)
 
 
-def _without_large(model: ir.Model) -> onnx.ModelProto:
+def without_large(model: ir.Model) -> onnx.ModelProto:
+    """The model for ONNX's own tools, its large initializers listed as inputs: nothing of theirs is copied."""
     graph = model.graph
     initializers = list(graph.initializers.values())
     large = [

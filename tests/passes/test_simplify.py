@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -371,3 +373,49 @@ def test_onnxsim_is_held_to_the_bits(shared_model):
     result = Simplify().run(models.load(shared_model("ultraface_rfb320")), Context())
     assert any("does not compute the same bits" in note for note in result.notes)
     assert g.count_nodes(result.model.graph) <= MOST_NODES["ultraface_rfb320"]
+
+
+def test_work_grows_with_the_nodes_and_not_faster():
+    """Calls of functions, not seconds: four times the nodes, four times the work."""
+    few, many = (_calls_to_simplify(_blocks(size)) for size in (60, 240))
+    assert 3 < many / few < 5
+
+
+def _calls_to_simplify(model: ir.Model) -> int:
+    count = 0
+
+    def watch(frame, event, argument):
+        nonlocal count
+        count += 1
+
+    sys.setprofile(watch)
+    try:
+        OWN.run(model, Context())
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _blocks(size: int) -> ir.Model:
+    """Each: a Reshape by Shape, Gather and Concat, twice the same Neg, a Dropout, constants that fold."""
+    nodes, constants, value = [], [], "x"
+    for k in range(size):
+        constants += [numpy_helper.from_array(np.array([8 * (k % 3 + 1) // (k % 3 + 1)]), f"c{k}"),
+                      numpy_helper.from_array(np.float32(k), f"f{k}")]  # fmt: skip
+        made = [
+            ("Shape", [value], {}), ("Gather", ["0", "zero"], {}), ("Unsqueeze", ["1", "axes"], {}),
+            ("Concat", ["2", f"c{k}"], {"axis": 0}), ("Reshape", [value, "3"], {}), ("Neg", ["4"], {}),
+            ("Neg", ["4"], {}), ("Add", ["5", "6"], {}), ("Sqrt", [f"f{k}"], {}), ("Mul", ["7", "8"], {}),
+            ("Dropout", ["9"], {}),
+        ]  # fmt: skip
+        for number, (op, inputs, attributes) in enumerate(made):
+            names = [f"v{k}_{name}" if name.isdigit() else name for name in inputs]
+            nodes.append(helper.make_node(op, names, [f"v{k}_{number}"], **attributes))
+        value = f"v{k}_10"
+    constants += [numpy_helper.from_array(np.int64(0), "zero"), numpy_helper.from_array(np.array([0]), "axes")]
+    shape = ["N", 8]
+    graph = helper.make_graph(
+        nodes, "blocks", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape)], constants,
+    )  # fmt: skip
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))

@@ -51,13 +51,18 @@ def _merge_vectors(model: ir.Model, facts: ShapeFacts) -> int:
 
 
 def _merge_nodes(model: ir.Model) -> int:
+    """Nodes are told apart by operator and operands first; attributes are looked at only where those are equal."""
+    alone: dict[tuple, ir.Node] = {}
     first: dict[tuple, ir.Node] = {}
     removed = 0
     for node in list(model.graph):
-        key = _identity(node)
-        if key is None:
+        rough = (node.op_type, node.domain, tuple(map(id, node.inputs)))
+        other = alone.setdefault(rough, node)
+        if other is node:
             continue
-        kept = first.setdefault(key, node)
+        for each in (other, node):
+            key = _identity(each)
+            kept = first.setdefault(key, each) if key is not None else each
         if kept is node:
             continue
         pairs = list(zip(node.outputs, kept.outputs, strict=True))

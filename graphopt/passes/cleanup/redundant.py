@@ -6,6 +6,7 @@ its removal does not, and Relu of Sigmoid and the like may turn a NaN that came 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,8 @@ from graphopt.shapes.facts import ShapeFacts
 
 _FAR = 2**31 - 1
 """Exporters write INT_MAX, or INT64_MAX, for "to the end"."""
+_ADDRESSABLE = 2**47
+"""Elements that no machine holds: an axis that would make a tensor of so many is shorter than that."""
 
 
 def drop_redundant(model: ir.Model, facts: ShapeFacts) -> int:
@@ -133,9 +136,11 @@ def _slice(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
         return None
     _, ends, axes, _ = operands
     shape = facts.shape(node.inputs[0])
+    rest = math.prod(size for size in shape or () if isinstance(size, int))
     for end, axis in zip(ends, axes, strict=True):
         size = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
-        if end < _FAR and not (isinstance(size, int) and end >= size):
+        whole = end >= size if isinstance(size, int) else end >= _FAR or end * rest >= _ADDRESSABLE
+        if not whole:
             return None
     return node.inputs[0]
 
@@ -153,7 +158,9 @@ def _neutral(element: float, either_side: bool) -> Callable[[ir.Node, ShapeFacts
             return None
         for kept, other in ((0, 1), (1, 0)) if either_side else ((0, 1),):
             value, constant = node.inputs[kept], g.constant_of(node.inputs[other])
-            if value is None or constant is None or constant.size == 0 or not np.all(constant == element):
+            if value is None or constant is None or constant.size == 0 or constant.flat[0] != element:
+                continue
+            if not np.all(constant == element):
                 continue
             shape = facts.shape(value)
             if shape is None or len(shape) < constant.ndim:
