@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError, nearest
 from graphopt.graph import tensor_of
+from graphopt.opsets import for_onnxruntime
 from graphopt.shapes.inferred import inferred_shapes
 from graphopt.shapes.onnx_inference import infer_shapes, without_large
 
@@ -55,7 +56,10 @@ class Signature:
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read and check an ONNX file. Raises ModelError: missing, not ONNX, truncated, invalid, unknown domain."""
+    """Read and check an ONNX file; of a version that ONNX Runtime does not know, convert it where that is exact.
+
+    Raises ModelError: missing, not ONNX, truncated, invalid, unknown domain.
+    """
     file = Path(path).absolute()  # a relative path would skip the containment check of external data
     if not file.exists():
         raise ModelError(f"no such file: {path}")
@@ -78,7 +82,17 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
     _check_external_data(model, file)
     check(model, str(path), file)
-    return model
+    return for_onnxruntime(model)
+
+
+def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
+    """A model that is in memory already, as `load` gives it. Raises ModelError as that does."""
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, TypeError, ir.serde.SerdeError) as error:
+        raise ModelError(f"cannot read {what}: {_first_line(error)}") from error
+    check(model, what)
+    return for_onnxruntime(model)
 
 
 def check(model: ir.Model, what: str, file: Path | None = None) -> None:

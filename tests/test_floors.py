@@ -15,7 +15,7 @@ PACKAGE = Path(graphopt.__file__).parent
 
 FLOORS = (
     {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress"},
-    {"graph", "shapes", "model", "calibration", "measure"},
+    {"graph", "opsets", "shapes", "model", "calibration", "measure"},
     {"passes.base", "targets.base"},
     {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection",
      "output_folder", "schedule_database"},

@@ -95,6 +95,8 @@ class Simplify(Pass):
             else:
                 notes.append(f"onnxsim removed {own - g.count_nodes(model.graph)} more nodes")
                 self._to_fixpoint(model)
+        if (model.ir_version or 4) < 4 and any(not v.is_graph_input() for v in model.graph.initializers.values()):
+            model.ir_version = 4  # before it, every initializer had to be an input
         skipped = tuple(
             Skip(g.label(node), "its subgraphs are left as they are") for node in model.graph if g.holds_subgraphs(node)
         )
@@ -138,8 +140,6 @@ def constants_from_inputs(model: ir.Model) -> int:
     listed = [v for v in model.graph.inputs if v.name in model.graph.initializers]
     for value in listed:
         model.graph.inputs.remove(value)
-    if listed and (model.ir_version or 4) < 4:
-        model.ir_version = 4
     return len(listed)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from graphopt import opsets
 from graphopt.errors import DataError, ModelError, TargetError, nearest
+from graphopt.runtime import narrow_types
 
 
 class OnnxRuntimeEngine:
@@ -44,10 +47,14 @@ class OnnxRuntimeEngine:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except self._failures as error:
-            raise ModelError(f"ONNX Runtime cannot load {self._label}: {one_line(error)}") from error
+            raise ModelError(
+                f"ONNX Runtime cannot load {self._label}: {_too_new(source, error) or one_line(error)}"
+            ) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._output_list = list(self.output_names)
+        values = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._is_narrow = any(value.type in narrow_types.NAMES for value in values)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, for arrays of every input by name, in the model's shapes and dtypes.
@@ -56,7 +63,12 @@ class OnnxRuntimeEngine:
         operator fails.
         """
         try:
-            values = self._session.run(self._output_list, feeds)
+            if self._is_narrow:
+                given = {name: narrow_types.value_of(np.asarray(array)) for name, array in feeds.items()}
+                made = self._session.run_with_ort_values(self._output_list, given)
+                values = [narrow_types.array_of(value) for value in made]
+            else:
+                values = self._session.run(self._output_list, feeds)
         except (*self._failures, ValueError) as error:
             self._check(feeds)
             raise TargetError(f"ONNX Runtime failed on {self._label}: {one_line(error)}") from error
@@ -118,7 +130,21 @@ def output_types(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
+def _too_new(source: str | bytes, error: BaseException) -> str | None:
+    """Which operators are newer than ONNX Runtime, where that is what is wrong."""
+    if "opset version" not in str(error):
+        return None
+    import onnx
+
+    newest = opsets.newest_versions()[0]
+    bare = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source, load_external_data=False)
+    changed = opsets.changed_since(bare, newest)
+    return f"it knows opsets up to {newest}, and {', '.join(changed)} changed since" if changed else None
+
+
 def one_line(error: BaseException) -> str:
-    """An error of ONNX Runtime's in short."""
+    """An error of ONNX Runtime's in one line, without its own name, its number and places in its source."""
     text = " ".join(str(error).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
+    text = re.sub(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z\[])", "", text)
     return text[:300] if text else type(error).__name__

@@ -161,12 +161,17 @@ class LlvmTarget(Target):
         Raises UnsupportedOperatorError naming every operator (and one node each) that cannot be translated, and
         TargetError where an input is dynamic or TVM refuses a node.
         """
+        from tvm.error import InternalError
+
         from graphopt.targets.relax import half, importer, layer_calls, pipeline
 
         self.check_precision()
         integers = importer.multiplies_bytes(model)
         imported = importer.import_model(model, self.form(integers))
-        module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
+        try:
+            module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
+        except (InternalError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise compile_error(error) from error
         if self.precision == "float16":
             module = half.computed(module, self.machine())
         names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]

@@ -302,8 +302,8 @@ def test_unsupported_operators_are_all_named():
     x = uniform(1, 1, 4)
     nodes = [
         onnx.helper.make_node("Nonsense", ["x"], ["a"], name="first", domain="com.example"),
-        onnx.helper.make_node("LSTM", ["a", "a", "a"], ["b"], name="second"),
-        onnx.helper.make_node("LSTM", ["b", "b", "b"], ["y"], name="third"),
+        onnx.helper.make_node("DeformConv", ["a", "a", "a"], ["b"], name="second"),
+        onnx.helper.make_node("DeformConv", ["b", "b", "b"], ["y"], name="third"),
     ]
     graph = onnx.helper.make_graph(
         nodes,
@@ -315,7 +315,7 @@ def test_unsupported_operators_are_all_named():
     with pytest.raises(UnsupportedOperatorError) as caught:
         TARGET.lower(made)
     assert "com.example.Nonsense (node 'first')" in str(caught.value)
-    assert "LSTM (node 'second')" in str(caught.value)
+    assert "DeformConv (node 'second')" in str(caught.value)
     assert "third" not in str(caught.value)
 
 

@@ -86,6 +86,8 @@ def _identity(node: ir.Node) -> tuple | None:
     for name in sorted(node.attributes):
         found = node.attributes[name]
         if found.type == ir.AttributeType.TENSOR:
+            if found.value.dtype == ir.DataType.STRING:
+                return None
             attributes.append((name, found.value.dtype, tuple(found.value.shape.numpy()), found.value.tobytes()))
         elif found.is_ref() or not isinstance(found.value, (int, float, str, bytes, tuple, list)):
             return None

@@ -69,6 +69,8 @@ def simplify_with_onnxsim(model: ir.Model, max_folded_bytes: int) -> tuple[ir.Mo
 
 
 def _unfit(model: ir.Model) -> str | None:
+    if g.count_nodes(model.graph) <= 1:
+        return "there is no node that could go"
     if model.functions:
         return "the model has local functions"
     for node in model.graph.all_nodes():

@@ -159,7 +159,9 @@ def gelu_tanh_of(x, divide: bool = False):
 
 
 def clip_of(low: float | None, high: float | None) -> Callable:
-    """max(min(x, high), low) of float32; None leaves a side open."""
+    """min(max(x, low), high) of float32; None leaves a side open."""
+    if low is not None and high is not None:
+        low = min(low, high)  # the other order then gives the same, and a number for what is none
 
     def apply(x):
         from tvm import tirx

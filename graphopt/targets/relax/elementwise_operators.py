@@ -81,6 +81,8 @@ def clip(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
 
 
 def _clipped(builder: Builder, data: Value, low: float | None, high: float | None, name: str) -> list[Value]:
+    if low is not None and high is not None:
+        low = min(low, high)
     least, most = -math.inf if low is None else low, math.inf if high is None else high
     if data.sums is not None and data.readers == 1:
         return [replace(data, sums=data.sums.clipped(least, most))]
@@ -210,7 +212,10 @@ def _spans(value: Value, shape: tuple[int, ...]) -> bool:
 @emits("Identity", "Dropout")
 def identity(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
-    return None if data is None or node.outputs > 1 else [data]
+    if data is None or data.shape is None or node.outputs == 1:
+        return None if data is None else [data]
+    kept = np.ones(data.shape, np.float32 if node.opset < 7 else bool)  # what Dropout drops in inference: nothing
+    return [data, Value(data.shape, str(kept.dtype), const=kept)]
 
 
 # ---- quantization

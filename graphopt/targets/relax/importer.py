@@ -1,11 +1,14 @@
 """ONNX -> Relax, one node at a time.
 
-Three ways, in this order:
+The ways, in this order:
 
 1. every operand is known now: the node is computed (ONNX's reference implementation), so shape arithmetic and the
    dequantization of weights vanish;
 2. an emitter (`EMITTERS`) lowers it, in blocked form where that pays;
-3. TVM's own converter for the operator, on plain tensors.
+3. it steers: the branch of an If whose condition is known is imported in its place, and the turns of a Loop or Scan
+   and the steps of an RNN, GRU or LSTM one after another, where their number is known and small;
+4. TVM's own converter for the operator, on plain tensors, unless that is known to compute it wrongly (`unsound`);
+5. the operators that ONNX defines it by.
 
 Walking the nodes here rather than in `relax.frontend.onnx.from_onnx` keeps activations blocked from one operator to
 the next without a layout pass, and lets an error name the node.
@@ -14,6 +17,7 @@ the next without a layout pass, and lets an error name the node.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Mapping
@@ -34,15 +38,19 @@ from graphopt.targets.relax import (
     conv_transpose,
     convolution,
     elementwise_operators,
+    expansion,
     integer_layers,
     integer_operators,
     normalization,
     pooling,
     products,
     qoperators,
+    recurrent,
+    reductions,
     resize,
     rows,
     shape_operators,
+    unsound,
     views,
     written_out,
 )
@@ -58,6 +66,7 @@ _ = (
     normalization,
     pooling,
     products,
+    reductions,
     resize,
     shape_operators,
     views,
@@ -72,6 +81,9 @@ _FUSED = frozenset(
      "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "BatchNormalization"]
 )  # fmt: skip
 """Operators that run in the registers of the kernel before them."""
+_STEERS = frozenset({"If", "Loop", "Scan", "RNN", "GRU", "LSTM"})
+MOST_TURNS = 64
+"""Of a Loop or Scan that is unrolled."""
 _MOVES = frozenset(
     ["Transpose", "Reshape", "Split", "Slice", "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
 )
@@ -145,16 +157,21 @@ def _check_operators(proto: onnx.ModelProto) -> None:
             missing.setdefault(operator(node), _label(node))
     if missing:
         listed = ", ".join(f"{op} (node {name!r})" for op, name in sorted(missing.items()))
-        raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint="the model can stay on ONNX Runtime")
+        raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint=_STAYS)
+
+
+_STAYS = "the model can stay on ONNX Runtime"
 
 
 def has_importer(node: onnx.NodeProto) -> bool:
     """Whether there is any translation of an operator; it may still refuse some attributes and operands."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    if node.domain not in ("", "ai.onnx") or any(a.HasField("g") or a.graphs for a in node.attribute):
+    if node.domain not in ("", "ai.onnx"):
         return False
-    return node.op_type in EMITTERS or node.op_type == "Constant" or node.op_type in onnx_frontend._get_convert_map()
+    if node.op_type in EMITTERS or node.op_type in _STEERS or node.op_type == "Constant":
+        return True
+    return node.op_type in onnx_frontend._get_convert_map() or expansion.is_defined(node.op_type)
 
 
 def operator(node: onnx.NodeProto) -> str:
@@ -207,12 +224,16 @@ class Importer:
             static: Any = shape
             param = relax.Var(f"input_{position}", relax.TensorType(static, dtype))
             params.append(param)
-            self.values[info.name] = Value(shape, dtype, plain=param)
+            empty = np.zeros(shape, dtype) if 0 in shape else None
+            self.values[info.name] = Value(shape, dtype, plain=param, const=empty)
         return params
 
     def _output(self, name: str):
         """The plain form under a binding of its own: an output may be an input or a constant."""
-        return self.builder.plain(self.values[name])
+        value = self.values[name]
+        if value.dtype not in DTYPES:
+            raise TargetError(f"output {name!r} is {value.dtype}, which cannot be compiled", hint=_STAYS)
+        return self.builder.plain(value)
 
     def node(self, node: onnx.NodeProto) -> None:
         """Import one node. Raises TargetError."""
@@ -220,16 +241,149 @@ class Importer:
         self.builder.layer = _label(node)
         results = self._folded(node, inputs)
         if results is None:
+            reason = unsound.reason(node, inputs, self.opset)
+            if reason is not None:
+                raise UnsupportedOperatorError(
+                    f"TVM cannot compile {node.op_type}: {reason}", node=_label(node), hint=_STAYS
+                )
             results = self._emitted(node, inputs)
+        if results is None and node.op_type in _STEERS:
+            results = self._steered(node, inputs)
+        if results is None and node.op_type in expansion.PREFERRED:
+            results = self._expanded(node, inputs)
         if results is None:
             results = self._converted(node, inputs)
+        if len(results) < len(node.output) and any(node.output[len(results) :]):
+            raise _refused(node, f"it gives {len(results)} of its {len(node.output)} outputs")
         for name, value in zip(node.output, results, strict=False):
             if name:
                 self.values[name] = value
                 value.fuses = value.fuses and _fuses(name, self.consumers)
                 value.readers = len(self.consumers.get(name, ()))
 
+    def _subgraph(self, graph: onnx.GraphProto, bound: Mapping[str, Value], opset: int | None = None) -> list[Value]:
+        """The outputs of a graph that is imported in place; it sees the values around it."""
+        inner = copy.copy(self)
+        inner.values = {**self.values, **{t.name: _constant(onnx.numpy_helper.to_array(t)) for t in graph.initializer}}
+        inner.values.update(bound)
+        inner.consumers = _consumers(graph)
+        inner.opset = self.opset if opset is None else opset
+        for node in graph.node:
+            inner.node(node)
+        return [inner.values[info.name] for info in graph.output]
+
+    def _expanded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
+        """What ONNX defines an operator by, imported in its place; None where it has no definition."""
+        types = [None if v is None else (v.shape, v.dtype) for v in inputs]
+        graph = expansion.definition(node, types, self.opset)
+        if graph is None:
+            return None
+        bound = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+        try:
+            made = iter(self._subgraph(graph, bound))
+        except TargetError as error:
+            raise UnsupportedOperatorError(
+                f"TVM cannot import {node.op_type}: {error.what}", node=_label(node), hint=_STAYS
+            ) from error
+        return [next(made) if name else Value(None, "float32") for name in node.output]
+
+    def _steered(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value]:
+        graphs = {a.name: a.g for a in node.attribute if a.HasField("g")}
+        if node.op_type == "If":
+            condition = _known(inputs[0])
+            if condition is None:
+                raise _refused(node, "its condition is known at run time only")
+            return self._subgraph(graphs["then_branch" if condition.reshape(-1)[0] else "else_branch"], {})
+        if node.op_type == "Loop":
+            return self._loop(node, graphs["body"], inputs)
+        if node.op_type == "Scan":
+            return self._scan(node, graphs["body"], inputs)
+        shapes = [None if value is None else value.shape for value in inputs]
+        reason = recurrent.refusal(node, shapes, _known(inputs[4]) if len(inputs) > 4 else None)
+        if reason is not None:
+            raise _refused(node, reason)
+        bound = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+        made = iter(self._subgraph(recurrent.unrolled(node, shapes), bound, recurrent.OPSET))
+        return [next(made) if name else Value(None, "float32") for name in node.output]
+
+    def _loop(self, node: onnx.NodeProto, body: onnx.GraphProto, inputs: list[Value | None]) -> list[Value]:
+        turns, condition = (_known(value) for value in inputs[:2])
+        if (inputs[0] is not None and turns is None) or (inputs[1] is not None and condition is None):
+            raise _refused(node, "the number of its turns is known at run time only")
+        going = condition is None or bool(condition.reshape(-1)[0])
+        carried: list[Any] = list(inputs[2:])
+        collected: list[list[Value]] = [[] for _ in body.output[1 + len(carried) :]]
+        turn = 0
+        while going and (turns is None or turn < int(turns.reshape(-1)[0])):
+            if turn == MOST_TURNS:
+                raise _refused(node, f"over {MOST_TURNS} turns are not unrolled")
+            counters = [_constant(np.asarray(turn, np.int64)), _constant(np.asarray(True))]
+            bound = dict(zip([info.name for info in body.input], [*counters, *carried], strict=True))
+            on, *made = self._subgraph(body, bound)
+            if on.const is None:
+                raise _refused(node, "the number of its turns is known at run time only")
+            going, carried = bool(on.const.reshape(-1)[0]), made[: len(carried)]
+            for rows_, value in zip(collected, made[len(carried) :], strict=True):
+                rows_.append(value)
+            turn += 1
+        return [*carried, *(self._stacked(node, each, 0) for each in collected)]
+
+    def _scan(self, node: onnx.NodeProto, body: onnx.GraphProto, inputs: list[Value | None]) -> list[Value]:
+        attributes = _attributes(node)
+        count = int(attributes["num_scan_inputs"])
+        states: list[Any] = list(inputs[: len(inputs) - count])
+        scanned: list[Any] = list(inputs[len(inputs) - count :])
+        made_count = len(body.output) - len(states)
+        axes = attributes.get("scan_input_axes", (0,) * count)
+        if self.opset < 9 or any(v is None or not v.shape for v in scanned):
+            raise _refused(node, "Scan of this opset or with these operands")
+        turns = scanned[0].shape[axes[0]]
+        if turns > MOST_TURNS:
+            raise _refused(node, f"over {MOST_TURNS} turns are not unrolled")
+        collected: list[list[Value]] = [[] for _ in range(made_count)]
+        backward = attributes.get("scan_input_directions", (0,) * count)
+        for turn in range(turns):
+            rows_ = [
+                self._row(value, axis, turns - 1 - turn if back else turn)
+                for value, axis, back in zip(scanned, axes, backward, strict=True)
+            ]
+            bound = dict(zip([info.name for info in body.input], [*states, *rows_], strict=True))
+            made = self._subgraph(body, bound)
+            states = made[: len(states)]
+            for each, value in zip(collected, made[len(states) :], strict=True):
+                each.append(value)
+        out_axes = attributes.get("scan_output_axes", (0,) * made_count)
+        out_backward = attributes.get("scan_output_directions", (0,) * made_count)
+        stacked = [
+            self._stacked(node, each[::-1] if back else each, axis)
+            for each, axis, back in zip(collected, out_axes, out_backward, strict=True)
+        ]
+        return [*states, *stacked]
+
+    def _row(self, value: Value, axis: int, index: int) -> Value:
+        """value[index] along an axis, which goes."""
+        helper = onnx.helper
+        axis = axis % len(value.shape or ())
+        nodes = [helper.make_node("Gather", ["value", "index"], ["row"], axis=axis)]
+        graph = helper.make_graph(nodes, "row", [], [helper.make_empty_tensor_value_info("row")])
+        index_of = _constant(np.asarray(index, np.int64))
+        return self._subgraph(graph, {"value": value, "index": index_of}, recurrent.OPSET)[0]
+
+    def _stacked(self, node: onnx.NodeProto, values: list[Value], axis: int) -> Value:
+        """Values of one shape, side by side along a new axis."""
+        if not values:
+            raise _refused(node, "it takes no turn, and nothing says what shape its outputs have")
+        helper = onnx.helper
+        names = [f"row_{i}" for i in range(len(values))]
+        nodes = [helper.make_node("Unsqueeze", [name, "axis"], [f"{name}_"]) for name in names]
+        nodes.append(helper.make_node("Concat", [f"{name}_" for name in names], ["stacked"], axis=axis))
+        graph = helper.make_graph(nodes, "stacked", [], [helper.make_empty_tensor_value_info("stacked")])
+        bound = {**dict(zip(names, values, strict=True)), "axis": _constant(np.asarray([axis], np.int64))}
+        return self._subgraph(graph, bound, recurrent.OPSET)[0]
+
     def _folded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
+        if node.op_type in _STEERS:
+            return None
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shape is not None:
             whole = np.asarray(inputs[0].shape, np.int64)
             if node.op_type == "Size":
@@ -273,10 +427,13 @@ class Importer:
         attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
         converter_class = onnx_frontend._get_convert_map().get(node.op_type)
         if converter_class is None:
+            defined = self._expanded(node, inputs)
+            if defined is not None:
+                return defined
             raise UnsupportedOperatorError(
                 f"TVM cannot import {node.op_type} with these attributes and operands",
                 node=_label(node),
-                hint="the model can stay on ONNX Runtime",
+                hint=_STAYS,
             )
         known: Mapping[str, Any] = {name: value.plain for name, value in self.values.items() if value.plain is not None}
         try:
@@ -288,6 +445,9 @@ class Importer:
                     made = self.builder.bb.normalize(made)
         except (InternalError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError,
                 AssertionError) as error:  # fmt: skip
+            defined = self._expanded(node, inputs)
+            if defined is not None:
+                return defined
             raise _refused(node, error) from error
         return [self._value_of(node, item) for item in self._items(made, len(node.output))]
 
@@ -327,18 +487,33 @@ class Importer:
         dims: Any = shape.values
         stored = self.builder.narrows and str(kind.dtype) == self.builder.precision
         dtype = "float32" if stored else str(kind.dtype)
-        return Value(tuple(int(d) for d in dims), dtype, plain=expression)
+        if dtype not in DTYPES:
+            raise _refused(node, f"{dtype} cannot be compiled")
+        whole = tuple(int(d) for d in dims)
+        if 0 in whole:  # nothing to compute, and a constant to whoever reads it
+            return _constant(np.zeros(whole, dtype))
+        return Value(whole, dtype, plain=expression)
 
 
 def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto | None]]:
-    """The nodes that read each value, in graph order, each once; None stands for an output of the graph."""
+    """The nodes that read each value, in graph order, each once; None stands for an output of the graph or a reader in
+    a subgraph."""
     found: dict[str, list[onnx.NodeProto | None]] = {}
     for node in graph.node:
         for name in dict.fromkeys(node.input):
             found.setdefault(name, []).append(node)
+        for name in _read_inside(node):
+            found.setdefault(name, []).append(None)
     for info in graph.output:
         found.setdefault(info.name, []).append(None)
     return found
+
+
+def _read_inside(node: onnx.NodeProto) -> set[str]:
+    """Every name that the subgraphs of a node read, their own included."""
+    graphs = [a.g for a in node.attribute if a.HasField("g")]
+    found = {name for graph in graphs for inner in graph.node for name in (*inner.input, *_read_inside(inner))}
+    return found | {info.name for graph in graphs for info in graph.output}
 
 
 def _fuses(name: str, consumers: Mapping[str, list[onnx.NodeProto | None]]) -> bool:
@@ -372,6 +547,10 @@ def _integers(node: onnx.NodeProto, inputs: list[Value | None], array: np.ndarra
     if zero_point is None:
         zero_point = np.zeros(1, stored.dtype)
     return integer_layers.Integers(array, stored, scale, zero_point, axis)
+
+
+def _known(value: Value | None) -> np.ndarray | None:
+    return None if value is None else value.const
 
 
 def _constant(array: np.ndarray) -> Value:
@@ -408,7 +587,7 @@ def _dynamic(node: onnx.NodeProto) -> TargetError:
     return TargetError(
         f"{node.op_type}: its output shape depends on data, and compiled models have static shapes",
         node=_label(node),
-        hint="the model can stay on ONNX Runtime",
+        hint=_STAYS,
     )
 
 
@@ -418,5 +597,5 @@ def _refused(node: onnx.NodeProto, error: Exception | str) -> TargetError:
     return TargetError(
         f"TVM cannot import {node.op_type}: {reason[:200] or type(error).__name__}",
         node=_label(node),
-        hint="the model can stay on ONNX Runtime",
+        hint=_STAYS,
     )

@@ -32,7 +32,7 @@ def rewrite(model: ir.Model) -> bool:
             changed = True
             continue
         rule = _RULES.get((domain, node.op_type))
-        if rule is None:
+        if rule is None or (domain == _STANDARD and _has_other_scales(node)):
             continue
         writer = _Writer(node)
         result = rule(writer, node)
@@ -46,6 +46,12 @@ def rewrite(model: ir.Model) -> bool:
         model.graph.remove(node, safe=True)
         changed = True
     return changed
+
+
+def _has_other_scales(node: ir.Node) -> bool:
+    """Whether some scale is not float32: in fewer digits a product rounds otherwise than the operator does."""
+    dtypes = {value.dtype for value in node.inputs if value is not None}
+    return bool(dtypes & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN})
 
 
 class _Writer:

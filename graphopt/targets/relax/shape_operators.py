@@ -41,7 +41,8 @@ def reshape(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
 
 def _new_shape(node: Node, old: tuple[int, ...], operand: Value | None) -> tuple[int, ...] | None:
     if node.op_type == "Flatten":
-        axis = int(node.get("axis", 1)) % (len(old) + 1) if node.get("axis", 1) < 0 else int(node.get("axis", 1))
+        axis = int(node.get("axis", 1))
+        axis += len(old) if axis < 0 else 0
         return int(np.prod(old[:axis])), int(np.prod(old[axis:]))
     key = "shape" if node.op_type == "Reshape" else "axes"
     given = node.get(key, None)
@@ -133,3 +134,32 @@ def slice_(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     cut: Any = relax.op.strided_slice
     sliced = builder.emit(cut(builder.moved(data), axes, begin, end, stride))
     return [Value(tuple(whole), data.dtype, plain=sliced)]
+
+
+@emits("Tile")
+def tile(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """Copies of the whole along each axis, as axes of their own: TVM's remainders of indices came out wrong for some
+    sizes."""
+    data, repeats = inputs[0], inputs[1] if len(inputs) > 1 else None
+    if node.opset < 6 or data is None or not data.shape or repeats is None or repeats.const is None:
+        return None
+    counts = [int(n) for n in repeats.const.reshape(-1)]
+    if 0 in counts or 0 in data.shape:
+        return None
+    shape = tuple(n * d for n, d in zip(counts, data.shape, strict=True))
+    if shape == data.shape:
+        return [data]
+    made = builder.call(_copies, builder.moved(data), counts=counts, pattern=OPAQUE, name="tile")
+    return [Value(shape, data.dtype, plain=builder.reshape(made, shape))]
+
+
+def _copies(data: Any, *, counts: list[int]) -> Any:
+    """(n0, d0, n1, d1, ...), the n that are 1 left out."""
+    from tvm import te
+
+    sizes = [(n, d) for n, d in zip(counts, (int(d) for d in data.shape), strict=True)]
+    places, whole = [], []
+    for n, d in sizes:
+        whole += [n, d] if n > 1 else [d]
+        places.append(len(whole) - 1)
+    return te.compute(whole, lambda *i: data[tuple(i[place] for place in places)], name="tile")

@@ -270,7 +270,7 @@ class Builder:
         """The value in ONNX's layout as it happens to be stored: for operators that only move elements."""
 
         if value.plain is None and value.const is not None:
-            value.plain = self.constant(value.const)
+            value.plain = self.constant(value.const) if value.const.size else self._empty(value.const)
         if value.plain is None and value.coded is not None:
             if value.coded.source.blocked is None:
                 value.plain = self.decoded(value.coded, self.moved(value.coded.source))
@@ -291,6 +291,13 @@ class Builder:
                     pattern=INJECTIVE,
                 )
         return value.plain
+
+    def _empty(self, array: np.ndarray) -> Any:
+        """A tensor with no elements, made at run time: a library's file has no form for a constant of these."""
+        from tvm import relax
+
+        shape: Any = array.shape
+        return self.emit(relax.op.zeros(shape, str(array.dtype)))
 
     def decoded(self, encoded: Encoded | Levels, stored: Any) -> Any:
         """float32 of the bytes, as an operator of its own: for those who know of no bytes."""

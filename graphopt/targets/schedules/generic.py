@@ -22,6 +22,7 @@ from graphopt.targets.schedules.workload import (
     Decision,
     Kernel,
     Workload,
+    extents,
     loop_extents,
     new_schedule,
     nodes,
@@ -39,9 +40,12 @@ def match(workload: Workload) -> list[Decision]:
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
-    """Schedule any function; one with dynamic shapes or opaque blocks is left as it is."""
+    """Schedule any function; one with dynamic shapes, opaque blocks or no elements is left as it is."""
     from tvm.s_tir.schedule import ScheduleError
 
+    has_root = getattr(getattr(workload.func.body, "block", None), "name_hint", "") == "root"
+    if not has_root or any(0 in extents(block) for block in workload.blocks.values()):
+        return Kernel(workload.func)
     schedule = new_schedule(workload.func)
     for name in list(workload.blocks)[:-1]:
         block = schedule.get_sblock(name)
