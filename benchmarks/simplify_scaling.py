@@ -20,10 +20,7 @@ set, pages of the mapped file included.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,23 +28,19 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from simplifiers import TOOLS, measured
 
-TOOLS = ("simplify", "exact", "onnxsim", "onnxslim")
-LIMIT_S = 900.0
+DEFAULT_TOOLS = ("simplify", "exact", "onnxsim", "onnxslim")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10000, 50000])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--tools", nargs="+", choices=sorted(TOOLS), default=list(DEFAULT_TOOLS))
     parser.add_argument("--graphs", nargs="+", choices=("chain", "export"), default=["chain", "export"])
     parser.add_argument("--external-gb", type=float)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--child", nargs=3, metavar=("TOOL", "IN", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        _child(*arguments.child)
-        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         if arguments.external_gb:
@@ -80,89 +73,6 @@ def _grow(folder: Path, graph: str, sizes: list[int], tools: list[str]) -> None:
     if len(sizes) > 1:
         slopes = [math.log(times[-1] / times[-2]) / math.log(counts[-1] / counts[-2]) for times in seconds.values()]
         print(f"| {graph} | exponent | {' | '.join(f'{slope:.2f}' for slope in slopes)} |", flush=True)
-
-
-def measured(tool: str, file: Path, out: Path) -> dict[str, float] | None:
-    """Seconds, MiB and nodes left of a tool on a file; None where it takes over the limit or fails."""
-    command = [sys.executable, __file__, "--child", tool, str(file), str(out)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    if done.returncode:
-        print(f"{tool} on {file.name}: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _child(tool: str, source: str, target: str) -> None:
-    import time
-
-    run = _TOOLS[tool]()
-    before, begun, processor = _status("VmRSS"), time.perf_counter(), time.process_time()
-    run(source, target)
-    seconds, processor = time.perf_counter() - begun, time.process_time() - processor
-    peak = _status("VmHWM")
-    model = onnx.load(target, load_external_data=False)
-    nodes = sum(node.op_type != "Constant" for node in model.graph.node)
-    print(json.dumps({"s": seconds, "cpu_s": processor, "mib": (peak - before) / 1024, "nodes": nodes}))
-
-
-def _status(key: str) -> int:
-    """KiB, of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    return 0
-
-
-def _graphopt(passes: str, checked: bool = False):
-    import onnxruntime  # noqa: F401 - an import is not what is timed
-
-    from graphopt import model as models
-    from graphopt.passes.base import Context
-    from graphopt.pipeline import Pipeline
-
-    pipeline = Pipeline.parse(passes)
-
-    def run(source: str, target: str) -> None:
-        import onnx_ir as ir
-
-        model = models.load(source) if checked else ir.load(Path(source).absolute())
-        if checked:  # as `graphopt optimize` runs them: on a copy, ONNX's checker after each
-            model, _ = pipeline.run(model, Context())
-        else:
-            for each in pipeline.passes:
-                model = each.run(model, Context()).model
-        models.save(model, target)
-
-    return run
-
-
-def _onnxsim():
-    import onnxsim
-
-    return lambda source, target: onnx.save(onnxsim.simplify(onnx.load(source))[0], target)
-
-
-def _onnxslim():
-    import onnxslim
-
-    def run(source: str, target: str) -> None:
-        slimmed: Any = onnxslim.slim(onnx.load(source))
-        onnx.save(slimmed, target)
-
-    return run
-
-
-_TOOLS = {
-    "simplify": lambda: _graphopt("simplify{use_onnxsim=false}"),
-    "exact": lambda: _graphopt("simplify{use_onnxsim=false},fold-batch-norm,fuse-operators"),
-    "simplify checked": lambda: _graphopt("simplify{use_onnxsim=false}", True),
-    "exact checked": lambda: _graphopt("simplify{use_onnxsim=false},fold-batch-norm,fuse-operators", True),
-    "onnxsim": _onnxsim,
-    "onnxslim": _onnxslim,
-}
 
 
 def chain(size: int) -> onnx.ModelProto:

@@ -14,7 +14,10 @@ own confidence parameter.
 That holds for layers that do not amplify the errors they are fed. Some networks do. Where an error exceeds the bound,
 the original's own conditioning is measured: it runs again with every element that a dot product or a normalisation
 computes multiplied by 1 + u e, e standard normal (independent from element to element, as rounding errors are), and
-LAMBDA times the largest response over a few draws is what rounding explains.
+LAMBDA times the largest response over a few draws is what rounding explains. Plain sums of n elements (ReduceSum,
+ReduceMean), which runtimes add one after another, are multiplied by 1 + u max(sqrt(n), n / LAMBDA) e: the bound above,
+or, since terms that are alike are rounded alike, the deterministic one, n u (Higham, Accuracy and Stability of
+Numerical Algorithms, 2002, section 4.2). A variance as mean(x^2) - mean(x)^2 lives on their last digits.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from graphopt import graph as graphs
 from graphopt import model as models
 from graphopt.errors import ModelError, PassError, VerificationError
 from graphopt.passes.base import Fidelity
+from graphopt.shapes.inferred import inferred_shapes
 
 LAMBDA = 8.0
 """Confidence parameter of the probabilistic bound: failure probability 2 exp(-LAMBDA^2 / 2) for one value."""
@@ -100,8 +104,9 @@ class Reference:
     def response_to_rounding(self) -> dict[str, float]:
         """By output: the most it moves, over all samples, when intermediate results move by a unit roundoff or so."""
         response: dict[str, float] = {}
+        original = _sized(self.original)
         for draw in range(PERTURBATIONS):
-            run = onnxruntime_runner(_perturbed(self.original, draw), self.work / "perturbed.onnx")
+            run = onnxruntime_runner(_perturbed(original, draw), self.work / "perturbed.onnx")
             for sample, outputs in zip(self.samples, self.outputs, strict=True):
                 for name, moved in run(sample).items():
                     if np.issubdtype(moved.dtype, np.floating) and moved.shape == outputs[name].shape and moved.size:
@@ -148,7 +153,10 @@ def _perturbed(model: ir.Model, seed: int) -> ir.Model:
         value = node.outputs[0]
         if node.op_type not in ROUNDING_OPERATORS or value.dtype is not ir.DataType.FLOAT:
             continue
-        noise = ir.node("RandomNormalLike", [value], {"seed": float(seed * 100_003 + number), "dtype": 1})
+        terms = _reduction_length(node) if node.op_type.startswith("Reduce") else 1.0
+        spread = max(math.sqrt(terms), terms / LAMBDA)
+        attributes = {"seed": float(seed * 100_003 + number), "dtype": 1, "scale": spread}
+        noise = ir.node("RandomNormalLike", [value], attributes)
         scaled = ir.node("Mul", [noise.outputs[0], unit])
         share = ir.node("Mul", [value, scaled.outputs[0]])
         moved = ir.node("Add", [value, share.outputs[0]])
@@ -214,6 +222,18 @@ def _inferred(model: ir.Model) -> ir.Model:
     return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
 
 
+def _sized(model: ir.Model) -> ir.Model:
+    """A copy with every size on inner values that follows from constants and shape arithmetic too."""
+    copy = model.clone()
+    shapes = inferred_shapes(copy)
+    for node in copy.graph:
+        for value in node.outputs:
+            found = shapes.get(str(value.name))
+            if found is not None:
+                value.shape = ir.Shape(found)
+    return copy
+
+
 def total_reduction_length(model: ir.Model) -> float:
     """Sum over nodes of the number of products added up for one output element (1 for element-wise operators)."""
     total = 0.0
@@ -237,6 +257,11 @@ def _reduction_length(node: ir.Node) -> float:
         return float(_dimension(node.inputs[0], -1))
     if node.op_type.startswith("Reduce") or node.op_type in ("GlobalAveragePool", "Softmax", "LayerNormalization"):
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if shape is not None and node.op_type.startswith("Reduce"):
+            axes = graphs.attribute(node, "axes", None)
+            axes = axes if axes is not None else graphs.integers_of(graphs.input_of(node, 1))
+            if axes and all(-len(shape) <= axis < len(shape) for axis in axes):
+                return float(np.prod([d for d in (shape[axis] for axis in axes) if isinstance(d, int)]))
         if shape is not None and len(shape) > 1:
             summed = shape[2 if len(shape) > 2 else 1 :]
             return float(np.prod([d for d in summed if isinstance(d, int)]))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from graphopt.errors import VerificationError
 from graphopt.passes.base import Fidelity
-from graphopt.verify import LAMBDA, output_error, total_reduction_length
+from graphopt.verify import LAMBDA, Reference, output_error, total_reduction_length
 from tests.models import small_cnn
+from tests.rewrites.pairs import parse
 
 
 def judge(want: np.ndarray, have: np.ndarray, fidelity: Fidelity = Fidelity.EXACT, length: float = 1.0):
@@ -78,3 +79,20 @@ def test_reduction_lengths_add_up():
     model = ir.from_proto(onnx.shape_inference.infer_shapes(small_cnn(channels=8)))
     #   conv1     conv2     gemm   BatchNorm, 2 Relu, Identity, Flatten: 1 each; pool over 4x4
     assert total_reduction_length(model) == 27 + 72 + 16 + 5 + 16
+
+
+def _variance(form: str, factor: float = 1.0) -> ir.Model:
+    spread = "q = Mul(x, x) e = ReduceMean <axes = [1]> (q) n = Mul(m, m) v = Sub(e, n)"
+    if form == "differences":
+        spread = "d = Sub(x, m) q = Mul(d, d) v = ReduceMean <axes = [1]> (q)"
+    return parse(f"""g (float[B, 512] x) => (float[B, 1] y) <float factor = {{{factor}}}> {{
+        m = ReduceMean <axes = [1]> (x) {spread} y = Mul(v, factor) }}""")
+
+
+def test_a_variance_that_lives_on_the_last_digits_of_a_sum(tmp_path):
+    """mean(x^2) - mean(x)^2 of numbers that are nearly alike: what it loses is rounding; a wrong factor is not."""
+    x = (1 + np.random.default_rng(0).standard_normal((4, 512)) / 16).astype(np.float32)
+    reference = Reference(_variance("moments"), [{"x": x}], tmp_path)
+    reference.judge_model(_variance("differences"), Fidelity.ROUNDING, "somebody")
+    with pytest.raises(VerificationError, match="changed output"):
+        reference.judge_model(_variance("differences", 1.5), Fidelity.ROUNDING, "somebody")

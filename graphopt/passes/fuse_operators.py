@@ -64,8 +64,11 @@ class FuseOperators(Pass):
         before, applied, needed = len(model.graph), 0, g.opset_of(model)
         shared: dict = {}
         with g.remembering_names(model.graph), g.collection_paused():
+            facts = ShapeFacts(model)
             for pattern in PATTERNS if self.max_opset >= swish.OPSET else PATTERNS[:-1]:
-                found = _apply(pattern, View(model, ShapeFacts(model), limit, shared))
+                found = _apply(pattern, View(model, facts, limit, shared))
+                if found:
+                    facts = ShapeFacts(model)
                 applied += len(found)
                 needed = max([needed, *(fusion.opset for fusion in found)])
         if not applied:

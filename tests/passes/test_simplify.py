@@ -401,7 +401,7 @@ def _blocks(size: int) -> ir.Model:
     nodes, constants, value = [], [], "x"
     for k in range(size):
         constants += [numpy_helper.from_array(np.array([8 * (k % 3 + 1) // (k % 3 + 1)]), f"c{k}"),
-                      numpy_helper.from_array(np.float32(k), f"f{k}")]  # fmt: skip
+                      numpy_helper.from_array(np.array(k, np.float32), f"f{k}")]  # fmt: skip
         made = [
             ("Shape", [value], {}), ("Gather", ["0", "zero"], {}), ("Unsqueeze", ["1", "axes"], {}),
             ("Concat", ["2", f"c{k}"], {"axis": 0}), ("Reshape", [value, "3"], {}), ("Neg", ["4"], {}),
@@ -412,7 +412,7 @@ def _blocks(size: int) -> ir.Model:
             names = [f"v{k}_{name}" if name.isdigit() else name for name in inputs]
             nodes.append(helper.make_node(op, names, [f"v{k}_{number}"], **attributes))
         value = f"v{k}_10"
-    constants += [numpy_helper.from_array(np.int64(0), "zero"), numpy_helper.from_array(np.array([0]), "axes")]
+    constants += [numpy_helper.from_array(np.array(0), "zero"), numpy_helper.from_array(np.array([0]), "axes")]
     shape = ["N", 8]
     graph = helper.make_graph(
         nodes, "blocks", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
