@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from graphopt.inspection import inspect
 from graphopt.measure import Contender
 from graphopt.progress import SILENT, Progress
 from graphopt.remote.elf_functions import read_functions
-from graphopt.runtime.artifact import is_artifact, library_folders, load, read_manifest
+from graphopt.runtime.artifact import HYBRID, is_artifact, library_folders, load, read_manifest
+from graphopt.runtime.hybrid_engine import compiled_parts
 from graphopt.runtime.tvm_engine import LIBRARY, read_description
 
 ENTRY = "__tvm_ffi_"
@@ -143,14 +145,22 @@ def _size(path: str) -> int:
 
 
 def _kernels(path: str) -> Value:
-    """Functions that TVM compiled, of the first library."""
-    folder = Contender.of(path).path
-    folders = library_folders(read_manifest(folder))
+    """Functions that TVM compiled, of the first library or of all parts."""
+    folders = _compiled(Contender.of(path).path)[:1] or _parts(Contender.of(path).path)
     if not folders:
         return Value(None, "nothing is compiled: it runs in ONNX Runtime")
-    library = folder / folders[0][0] / LIBRARY
-    names = {each.name for each in read_functions(library) if each.name.startswith(ENTRY)}
-    return Value(len(names - {f"{ENTRY}main"}))
+    names = [{each.name for each in read_functions(f / LIBRARY) if each.name.startswith(ENTRY)} for f in folders]
+    return Value(sum(len(each - {f"{ENTRY}main"}) for each in names))
+
+
+def _compiled(folder: Path) -> list[Path]:
+    """The libraries of a whole model, of which one runs."""
+    return [folder / name for name, _ in library_folders(read_manifest(folder))]
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The libraries of a model in parts, which all run."""
+    return compiled_parts(folder / HYBRID) if read_manifest(folder)["engine"] == "hybrid" else []
 
 
 def judge_figures(base: Mapping[str, Value], new: Mapping[str, Value], bounds: Bounds) -> list[Row]:
@@ -230,9 +240,13 @@ def runs_here(path: str) -> bool:
     if not is_artifact(path):
         return True
     folder = Contender.of(path).path
-    descriptions = [read_description(folder / name) for name, _ in library_folders(read_manifest(folder))]
-    fits = [d["arch"] == host_arch() and set(d["features"]) <= host_features() for d in descriptions]
-    return any(fits) or not fits
+    fits = [_fits(library) for library in _compiled(folder)]
+    return (any(fits) or not fits) and all(map(_fits, _parts(folder)))
+
+
+def _fits(library: Path) -> bool:
+    described = read_description(library)
+    return described["arch"] == host_arch() and set(described["features"]) <= host_features()
 
 
 def parse_bounds(options: Mapping[str, Any], what: str) -> Bounds:

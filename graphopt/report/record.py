@@ -93,7 +93,7 @@ class PartRecord:
     """Values that it reads."""
     outputs: tuple[str, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By engine: median of the part alone, where both were timed."""
+    """By engine: of the part alone, where both were timed; a tenth of the samples was lower."""
 
 
 @dataclass(frozen=True)

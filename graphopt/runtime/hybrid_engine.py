@@ -186,5 +186,10 @@ def read_description(
         raise ArtifactError(f"{path} is damaged", hint="build the artifact again") from error
 
 
+def compiled_parts(folder: Path) -> list[Path]:
+    """The folders of the compiled parts. Raises ArtifactError as `read_description` does."""
+    return [folder / part.path for part in read_description(folder)[3] if part.engine == "tvm"]
+
+
 def _types(described: Sequence[Mapping[str, Any]]) -> dict[str, TensorType]:
     return {each["name"]: (np.dtype(each["dtype"]), tuple(each["shape"])) for each in described}
