@@ -1,7 +1,8 @@
-"""Hybrid candidates: a variant that TVM refuses, cut into the fewest parts, each on the engine that should run it.
+"""Hybrid candidates: a variant that TVM refuses, or that loses there, cut into the fewest parts for two engines.
 
 Asked node by node, the target says what it refuses and why (`Target.survey`). The rest is compiled, part by part; a
 part that TVM then still refuses, or that ONNX Runtime runs faster, goes to ONNX Runtime too and the model is cut anew.
+A variant that compiles but loses is timed piece by piece, and the pieces that lose are given to ONNX Runtime.
 What comes out is one more candidate: verified, raced, and delivered only if it is the fastest.
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,18 @@ from graphopt.errors import DeviceError, TargetError, VerificationError
 from graphopt.graph import label
 from graphopt.hybrid_times import time_part
 from graphopt.measure import Contender
-from graphopt.partition import Nodes, Part, PartModel, cut, extract, inlined, known_types, store_constants, work_of
+from graphopt.partition import (
+    Nodes,
+    Part,
+    PartModel,
+    cut,
+    extract,
+    inlined,
+    known_types,
+    segments,
+    store_constants,
+    work_of,
+)
 from graphopt.report import CandidateRecord, PartRecord
 from graphopt.runtime.hybrid_engine import HybridEngine, PartFiles, write_description
 from graphopt.targets.base import TensorType, TuningReport
@@ -37,22 +49,43 @@ ROUNDS = 6
 SWITCH_S = 20e-6
 """A compiled part must gain more than this over ONNX Runtime: to enter it and to come back takes about as long, and the
 parts beside it could be one."""
+LOST_S = 100e-6
+"""A compiled variant that loses less than this against ONNX Runtime is not cut."""
+SEGMENTS = 8
+"""Pieces that a variant which loses is timed in."""
+LOSES = 1.05
+"""A piece loses that takes more than this of ONNX Runtime's time."""
 MOST_GUILTY = 4
 """Nodes searched for, one after another, in a part that TVM imports but cannot compile."""
 
 
 def with_hybrids(candidates: Sequence[Candidate], compiler: Compiler) -> list[Candidate]:
-    """`candidates`, and behind each that could not be compiled one that is in parts, where that makes sense: on this
-    machine only, since ONNX Runtime runs nowhere else, and with the setting `engine` auto."""
+    """`candidates`, and behind each that could not be compiled, or loses, one that is in parts, where that makes sense:
+    on this machine only, since ONNX Runtime runs nowhere else, and with the setting `engine` auto."""
     found = []
     for candidate in candidates:
         found.append(candidate)
-        record = candidate.record
-        refused = record.engine == "tvm" and record.status == "unavailable" and record.precision == "float32"
-        if refused and candidate.variant is not None and compiler.place.is_here and compiler.settings.engine == "auto":
-            maker = _Maker.of(candidate.variant, compiler)
+        record, variant = candidate.record, candidate.variant
+        if not compiler.place.is_here or compiler.settings.engine != "auto" or variant is None:
+            continue
+        if record.engine != "tvm" or record.precision != "float32":
+            continue
+        if record.status == "unavailable":
+            maker = _Maker.of(variant, compiler)
             found += [] if maker is None else [maker.candidate(record.reason)]
+        elif record.status == "measured" and _loses(candidate, compiler):
+            maker = _Maker.of(variant, compiler)
+            if maker is not None and maker.give_up_slow_pieces():
+                found.append(maker.candidate(""))
     return found
+
+
+def _loses(candidate: Candidate, compiler: Compiler) -> bool:
+    """Whether a compiled variant takes longer than it does in ONNX Runtime, by so much that a cut can pay."""
+    assert candidate.variant is not None
+    sample, threads = compiler.data.samples[0], compiler.settings.threads or 1
+    seconds = time_part(candidate.path, candidate.variant.file, sample, threads)
+    return seconds["tvm"] > seconds["onnxruntime"] + LOST_S
 
 
 @dataclass
@@ -62,6 +95,10 @@ class _Built:
     folder: Path
     tuning: TuningReport
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _not_worth(ours: float, theirs: float) -> bool:
+    return ours + SWITCH_S > theirs
 
 
 @dataclass
@@ -100,6 +137,22 @@ class _Maker:
             if str(value.name) in survey.refused
         }
         return cls(variant, compiler, model, nodes, types, work_of(model, nodes, types), refused)
+
+    def give_up_slow_pieces(self) -> bool:
+        """Time the model piece by piece and give those to ONNX Runtime that are slower compiled. False where these are
+        none, or all, or a piece does not compile: then there is nothing to cut."""
+        pieces = [Part("tvm", each, "") for each in segments(self.nodes, self.work, SEGMENTS)]
+        parts = extract(self.model, self.nodes, pieces, self.types)
+        if self._build(parts, tune=False):
+            return False
+        folder = Path(tempfile.mkdtemp(prefix=f"{self.variant.name}-pieces-", dir=self.compiler.work))
+        self._write(folder, parts)
+        slow = self._slower(folder, parts, lambda ours, theirs: ours > LOSES * theirs)
+        self.built.clear()
+        if not slow or len(slow) == len(self.nodes.nodes):
+            return False
+        self.refused.update(slow)
+        return True
 
     def candidate(self, reason: str) -> Candidate:
         """The candidate, with its status. `reason`: why the whole variant could not be compiled."""
@@ -156,7 +209,7 @@ class _Maker:
             raise TargetError(f"no part of it is worth compiling: {parts[0].why}" if parts else "it has no nodes")
         return parts
 
-    def _build(self, parts: Sequence[PartModel]) -> dict[int, str]:
+    def _build(self, parts: Sequence[PartModel], tune: bool = True) -> dict[int, str]:
         """Compile what is not compiled yet. Nodes that TVM turned out to refuse, and why."""
         refused: dict[int, str] = {}
         total = sum(self.work)
@@ -165,7 +218,8 @@ class _Maker:
             if each.part.engine != "tvm" or key in self.built:
                 continue
             folder = Path(tempfile.mkdtemp(prefix=f"{self.variant.name}-part-", dir=self.compiler.work))
-            share = self.compiler.settings.tune_seconds * sum(self.work[i] for i in key) / max(total, 1e-12)
+            seconds = self.compiler.settings.tune_seconds if tune else 0.0
+            share = seconds * sum(self.work[i] for i in key) / max(total, 1e-12)
             try:
                 tuning = self.compiler.build_static(each.model, folder, "float32", share)
             except TargetError as error:
@@ -203,8 +257,11 @@ class _Maker:
                 return False
         return True
 
-    def _slower(self, folder: Path, parts: Sequence[PartModel]) -> dict[int, str]:
-        """Nodes of compiled parts that ONNX Runtime runs faster, with the figures."""
+    def _slower(
+        self, folder: Path, parts: Sequence[PartModel], slower: Callable[[float, float], bool] = _not_worth
+    ) -> dict[int, str]:
+        """Nodes of compiled parts that ONNX Runtime should run, with the figures; `slower`: of the seconds in TVM and
+        in ONNX Runtime."""
         threads = self.compiler.settings.threads or 1
         engine = HybridEngine(folder, threads)
         refused: dict[int, str] = {}
@@ -218,7 +275,7 @@ class _Maker:
                 models.save(each.model, file)
                 built.seconds.update(time_part(built.folder, file, feeds, threads))
             ours, theirs = built.seconds["tvm"], built.seconds["onnxruntime"]
-            if ours + SWITCH_S > theirs:
+            if slower(ours, theirs):
                 why = f"not faster in TVM, {ours * 1e3:.3f} ms against {theirs * 1e3:.3f} ms"
                 refused.update(dict.fromkeys(each.part.nodes, why))
         return refused

@@ -218,6 +218,31 @@ def test_a_node_that_tvm_imports_but_cannot_compile_is_found(tmp_path, always, m
     assert "something is wrong (conv2)" in parted.record.parts[1].why
 
 
+def test_a_model_that_loses_is_timed_piece_by_piece(tmp_path, always, monkeypatch):
+    """As if TVM compiled the second convolution badly, and all else well."""
+    proto = convolutions("contrib")
+    del proto.graph.node[2]
+    proto.graph.node[2].input[0] = "r1"
+
+    def timed(compiled, file, feeds, threads):
+        slow = any(node.name == "conv2" for node in onnx.load(file).graph.node)
+        return {"tvm": 3e-3 if slow else 1e-3, "onnxruntime": 2e-3}
+
+    monkeypatch.setattr(hybrid, "time_part", timed)
+    monkeypatch.setattr(hybrid, "work_of", lambda *_: [1.0] * 4)
+    whole, parted = made(tmp_path, "plain", proto)
+    assert whole.record.status == parted.record.status == "measured"
+    assert [(p.engine, p.first, p.last) for p in parted.record.parts] == [
+        ("tvm", "conv1", "relu1"),
+        ("onnxruntime", "conv2", "conv2"),
+        ("tvm", "relu2", "relu2"),
+    ]
+    assert parted.record.parts[1].why == "not faster in TVM, 3.000 ms against 2.000 ms (conv2)"
+    check_same(HybridEngine(parted.path, 1).run, tmp_path / "plain.onnx", "plain")
+    monkeypatch.setattr(hybrid, "LOST_S", 2e-3)
+    assert len(made(tmp_path, "plain", proto)) == 1
+
+
 def test_a_wrong_part_is_noticed(tmp_path, always, monkeypatch):
     run = HybridEngine.run
     monkeypatch.setattr(HybridEngine, "run", lambda self, feeds: {n: a * 1.01 for n, a in run(self, feeds).items()})

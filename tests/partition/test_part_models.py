@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import model as models
 from graphopt.model import check
-from graphopt.partition import Nodes, Part, cut, extract, fewest_parts, inlined, known_types, store_constants
+from graphopt.partition import Nodes, Part, cut, extract, fewest_parts, inlined, known_types, segments, store_constants
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from graphopt.targets.base import TensorType
 
@@ -164,3 +164,27 @@ def test_functions_are_inlined_and_other_domains_typed_by_onnx_runtime(tmp_path)
     assert not model.functions and [n.op_type for n in model.graph] == ["Add", "QuickGelu", "NonZero", "Relu"]
     types = known_types(model, tmp_path)
     assert types["g"] == KIND and "z" not in types
+
+
+@given(random_models(), st.integers(1, 6), st.data())
+def test_segments_are_all_nodes_in_order(model, count, data):
+    nodes = Nodes.of(model)
+    work = data.draw(st.lists(st.floats(0, 1), min_size=len(nodes.nodes), max_size=len(nodes.nodes)))
+    found = segments(nodes, work, count)
+    assert [i for each in found for i in each] == list(range(len(nodes.nodes)))
+    assert len(found) <= count and all(found)
+
+
+def test_segments_are_cut_where_few_values_cross():
+    """x -> a -> (b, c) -> d -> e: behind d one value crosses, behind b two do."""
+    edges = [("Relu", ["x0"], "a"), ("Neg", ["a"], "b"), ("Relu", ["a"], "c"), ("Add", ["b", "c"], "d"),
+             ("Neg", ["d"], "e")]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node(op, reads, [made], made) for op, reads, made in edges],
+        "diamond",
+        [helper.make_tensor_value_info("x0", 1, [2, 3])],
+        [helper.make_tensor_value_info("e", 1, [2, 3])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    assert segments(Nodes.of(model), [1.5, 0.5, 0.5, 0.5, 3], 2) == [(0, 1, 2, 3), (4,)]
+    assert segments(Nodes.of(model), [2, 0.5, 0.5, 0.1, 1.5], 2) == [(0,), (1, 2, 3, 4)]
