@@ -126,10 +126,10 @@ def _onnxruntime(level: str):
 
 
 TOOLS = {
-    "simplify": lambda: _graphopt("simplify{use_onnxsim=false}"),
-    "exact": lambda: _graphopt("simplify{use_onnxsim=false},fold-batch-norm,fuse-operators"),
-    "simplify checked": lambda: _graphopt("simplify{use_onnxsim=false}", True),
-    "exact checked": lambda: _graphopt("simplify{use_onnxsim=false},fold-batch-norm,fuse-operators", True),
+    "simplify": lambda: _graphopt("simplify"),
+    "exact": lambda: _graphopt("simplify,fold-batch-norm,fuse-operators"),
+    "simplify checked": lambda: _graphopt("simplify", True),
+    "exact checked": lambda: _graphopt("simplify,fold-batch-norm,fuse-operators", True),
     "onnxsim": _onnxsim,
     "onnxslim": _onnxslim,
     "onnxscript": _onnxscript,

@@ -96,13 +96,13 @@ def test_nothing_breaks_with_onnxsim():
     for body in bodies:
         model = model_of(body)
         shapes = {"x": (2, 3, 6)} if "N, 6" in body else {"x": (3, 2)} if "N, 2" in body else {}
-        same_numbers(model, simplify(model, Simplify()), shapes)
+        same_numbers(model, simplify(model, Simplify(use_onnxsim=True)), shapes)
 
 
 def test_quantized_weights_stay_quantized():
     model = model_of("""g (float[2, 2] x) => (float[2, 2] y) <int8[2, 2] q = {1, 2, 3, 4}, float s = {0.5}> {
         w = DequantizeLinear(q, s) v = Identity(w) y = MatMul(x, v) }""")
-    result = Simplify().run(model, Context())
+    result = Simplify(use_onnxsim=True).run(model, Context())
     assert [n.op_type for n in result.model.graph] == ["DequantizeLinear", "MatMul"]
     assert any("quantized weights" in note for note in result.notes)
 
@@ -158,7 +158,7 @@ def test_names_of_what_stays_stay():
 
 def test_options():
     assert str(Simplify()) == "simplify"
-    assert bind(parse("simplify{use_onnxsim=false,max_folded_bytes=10}"), Simplify, "pass") == Simplify(False, 10)
+    assert bind(parse("simplify{use_onnxsim=true,max_folded_bytes=10}"), Simplify, "pass") == Simplify(True, 10)
     with pytest.raises(SpecError, match="must not be negative"):
         bind(parse("simplify{max_folded_bytes=-1}"), Simplify, "pass")
 
@@ -173,7 +173,7 @@ FOLDABLE_IF = """g (float[2] x) => (float[2] y) <bool c = {1}> {
 def _with_script(monkeypatch, script: str):
     monkeypatch.setattr(guarded_onnxsim, "_SCRIPT", script)
     model = model_of(FOLDABLE_IF)
-    result = Simplify().run(model.clone(), Context())
+    result = Simplify(use_onnxsim=True).run(model.clone(), Context())
     assert [n.op_type for n in result.model.graph] == ["If"]
     same_numbers(model, result.model)
     return " ".join(result.notes)
@@ -224,7 +224,7 @@ def test_growth_in_bytes_is_refused(monkeypatch):
 
 
 def test_overridable_initializers_survive_onnxsim():
-    keep = Simplify(keep_overridable=True)
+    keep = Simplify(use_onnxsim=True, keep_overridable=True)
     body = FOLDABLE_IF.replace("(float[2] x)", "(float[2] x, float[2] w)").replace(
         "<bool c", "<float[2] w = {3, 4}, bool c"
     )
@@ -370,7 +370,7 @@ def test_two_runs_give_the_same_bytes(shared_model, name):
 @pytest.mark.shared
 def test_onnxsim_is_held_to_the_bits(shared_model):
     """It turns (x * 0.1) * prior into x * (0.1 * prior) in this model: one node less, other bits."""
-    result = Simplify().run(models.load(shared_model("ultraface_rfb320")), Context())
+    result = Simplify(use_onnxsim=True).run(models.load(shared_model("ultraface_rfb320")), Context())
     assert any("does not compute the same bits" in note for note in result.notes)
     assert g.count_nodes(result.model.graph) <= MOST_NODES["ultraface_rfb320"]
 

@@ -271,7 +271,7 @@ def test_10_onnxsim_is_asked():
     before = """g (float[2] x) => (float[2] y) <bool c = {1}> {
         y = If (c) <then_branch = t () => (float[2] a) { a = Mul(x, x) },
                     else_branch = e () => (float[2] b) { b = Neg(x) }> }"""
-    result = Simplify().run(parse(before), _context())
+    result = Simplify(use_onnxsim=True).run(parse(before), _context())
     assert [n.op_type for n in result.model.graph] == ["Mul"]
     assert any("onnxsim removed" in note for note in result.notes)
 
