@@ -153,7 +153,8 @@ class LlvmTarget(Target):
         if self.precision == "float16":
             width = max(width, half.LANES)
         tiles = integers and "amx_int8" in self.features
-        return Form(known.float_lanes, self.precision, tiles, known.activation_dtype, width)
+        tables = "avx512f" in self.features or self.arch == "aarch64"
+        return Form(known.float_lanes, self.precision, tiles, known.activation_dtype, width, tables)
 
     def lower(self, model: ir.Model) -> LoweredModel:
         """Translate a model with static input shapes.

@@ -25,6 +25,8 @@ class Form:
     """The type of activations that dot products multiply with int8 weights."""
     width: int = 0
     """Channels of a full block; 0: as many as lanes."""
+    tables: bool = False
+    """A table of 256 bytes fits a few vector registers and is read from there."""
 
     @property
     def narrows(self) -> bool:

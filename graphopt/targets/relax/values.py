@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes, lookup
+from graphopt.targets.relax import bfloat16, computes, elementwise, integer_computes
 from graphopt.targets.relax.form import Form
 
 ELEMENTWISE, BROADCAST, INJECTIVE, FUSABLE_ROOT, OPAQUE = 0, 1, 2, 4, 8
@@ -55,11 +55,11 @@ class Encoded:
 
     @property
     def levels(self) -> Levels | None:
-        """The same as a function of bytes; None where these have a sign."""
-        if self.source.dtype != "uint8":
+        """The same as a function of bytes; None where the source is none of bytes."""
+        if self.source.dtype not in computes.BYTES:
             return None
-        table = (np.arange(256, dtype=np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
-        return Levels(self.source, self.decode, table)
+        bytes_ = np.arange(256, dtype=np.uint8).view(self.source.dtype).astype(np.float32)
+        return Levels(self.source, self.decode, (bytes_ - np.float32(self.zero_point)) * np.float32(self.scale))
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Levels:
     """float32 values that are a function of bytes."""
 
     source: Value
-    """uint8."""
+    """uint8 or int8."""
     decode: Callable
     """From an element of the source to the number it stands for."""
     table: np.ndarray
-    """float32: that number for each of the 256 bytes."""
+    """float32: that number for each of the 256 bytes, by what they are without a sign: of int8, -1 is the last."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Builder:
     @property
     def looks_up(self) -> bool:
         """True where a table of 256 bytes fits a few vector registers."""
-        return self.lanes == lookup.LANES
+        return self.form.tables
 
     def emit(self, expression, is_root: bool = False) -> Any:
         """Bind an expression; `is_root` when it starts a kernel that elementwise operators fuse into."""

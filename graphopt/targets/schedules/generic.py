@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphopt.targets.relax import lookup
 from graphopt.targets.schedules.gemm import substitute
 from graphopt.targets.schedules.workload import (
     PARALLEL_ELEMENTS,
@@ -130,6 +131,8 @@ def _schedule_block(schedule, block, workload: Workload) -> None:
             schedule.parallel(whole)
         schedule.decompose_reduction(block, reduced[0])
         return
+    if any(_operator(call) == "lookup" for call in _calls(schedule.get(block))):
+        lanes = max(lanes, lookup.LANES)
     if width <= 2 * lanes and width % 4 == 0 and _moves_vectors(schedule.get(block)):
         schedule.vectorize(last)
         front = spatial[:-1]
