@@ -37,15 +37,15 @@ from graphopt.measure import Contender, Verdict, compare, environment
 PRODUCTS = 100
 ROWS, WIDTH = 32, 128
 LOAD = """
-import random, sys, time
-chance = random.Random(int(sys.argv[1]))
-while True:
+import os, random, sys, time
+chance, parent = random.Random(int(sys.argv[1])), os.getppid()
+while os.getppid() == parent:
     end = time.perf_counter() + chance.expovariate(1 / 0.4)
     while time.perf_counter() < end:
         sum(i * i for i in range(1000))
     time.sleep(chance.expovariate(1 / 0.6))
 """
-"""Busy for 0.4 s and idle for 0.6 s on average, each exponentially distributed."""
+"""Busy for 0.4 s and idle for 0.6 s on average, each exponentially distributed; it ends when the harness has."""
 
 
 @dataclass(frozen=True)
