@@ -25,7 +25,7 @@ from graphopt.measure import (
 )
 from graphopt.measure.saved import STRICT
 from graphopt.progress import Progress
-from graphopt.runtime.artifact import COMPILED, MODEL, is_artifact, load, read_manifest
+from graphopt.runtime.artifact import COMPILED, MODEL, is_artifact, load, read_manifest, require_trust
 
 SESSIONS = 3
 """Of fresh processes, in one `bench`."""
@@ -41,14 +41,20 @@ def bench_models(
     seed: int,
     progress: Progress,
     remote: str | None = None,
+    trust: bool = False,
 ) -> PairedResult:
     """Race models that take the same inputs, on this machine or on a `remote` device: there, compiled artifacts only.
+    `trust` as in `graphopt.load`.
 
-    Raises ModelError when they take others, ArtifactError for no artifact, and what `connected` raises.
+    Raises ModelError when they take others, ArtifactError for no artifact, or one not trusted, and what
+    `connected` raises.
     """
     if remote is not None:
+        for path in paths:
+            if is_artifact(path):
+                require_trust(path, trust)
         return _bench_remote(paths, remote, threads, seconds, sample_feeds(paths, data, shapes, seed), seed, progress)
-    contenders = _contenders(paths)
+    contenders = _contenders(paths, trust)
     feeds = sample_feeds(paths, data, shapes, seed)
     result = race_afresh(
         contenders, [feeds] * SESSIONS, threads=threads or _cores(), seconds=seconds, seed=seed, progress=progress
@@ -91,8 +97,10 @@ def compare_paths(
     seed: int,
     progress: Progress,
     leniency: Leniency = STRICT,
+    trust: bool = False,
 ) -> Comparison:
-    """Two models side by side, or two saved `latency.json` (see `leniency`). Raises DataError for one of each."""
+    """Two models side by side, or two saved `latency.json` (see `leniency`). Raises DataError for one of each; `trust`
+    as in `graphopt.load`."""
     saved = [path.endswith(".json") for path in (base, new)]
     if all(saved):
         (before, delivered), (after, delivered_now) = _read_saved(base), _read_saved(new)
@@ -108,7 +116,7 @@ def compare_paths(
         raise DataError(
             "saved figures can only be compared with saved figures", hint="give two models, or two latency.json files"
         )
-    contenders = _contenders([base, new])
+    contenders = _contenders([base, new], trust)
     feeds = sample_feeds([base, new], None, shapes, seed)
     return compare(
         contenders[0],
@@ -126,21 +134,21 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _contenders(paths: Sequence[str]) -> list[Contender]:
+def _contenders(paths: Sequence[str], trust: bool) -> list[Contender]:
     for path in paths:
         if is_artifact(path):
-            load(path, 1)  # a damaged artifact is told here, in one line
+            load(path, 1, trust)  # a damaged artifact is told here, in one line
         elif Path(path).is_dir():
             raise ArtifactError(f"{path} is not an artifact: it has no manifest.json")
         else:
             models.load(path)
-    return _named(paths)
+    return _named(paths, trust)
 
 
-def _named(paths: Sequence[str]) -> list[Contender]:
+def _named(paths: Sequence[str], trust: bool = False) -> list[Contender]:
     names = [Path(os.path.normpath(p)).name for p in paths]
     labels = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
-    return [Contender.of(path, label) for path, label in zip(paths, labels, strict=True)]
+    return [Contender.of(path, label, trust) for path, label in zip(paths, labels, strict=True)]
 
 
 def sample_feeds(paths: Sequence[str], data: str | None, shapes: Shapes, seed: int) -> dict[str, np.ndarray]:

@@ -33,6 +33,9 @@ from graphopt.tuning_commands import db, tune
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 THREADS = click.option("--threads", type=int, help="Threads; default: all cores.")
 SEED = click.option("--seed", type=int, default=0, show_default=True)
+TRUST = click.option(
+    "--trust", is_flag=True, help="Load compiled libraries you did not build here: code that runs with your rights."
+)
 INPUT = click.option(
     "--input", "inputs", multiple=True, metavar="NAME:D0,D1,...", help="Fix the dynamic dimensions of an input."
 )
@@ -219,18 +222,19 @@ def _settings_table(settings: Settings, target: Any) -> Table:
 @click.option("--data", type=click.Path(), help="An .npz whose first sample is fed; default: seeded noise.")
 @INPUT
 @SEED
+@TRUST
 @FORMAT
 @click.option("-o", "--output", type=click.Path(), help="Save raw samples here (latency.json) for `compare`.")
 @click.option("--remote", help="Time compiled artifacts on a device: HOST:PORT/KEY, or tracker:HOST:PORT/KEY.")
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("-v", "--verbose", is_flag=True)
-def bench(models, threads, seconds, data, inputs, seed, format_, output, remote, quiet, verbose) -> int:
+def bench(models, threads, seconds, data, inputs, seed, trust, format_, output, remote, quiet, verbose) -> int:
     """Time MODELS (ONNX files or artifacts) against each other: paired, interleaved, in one run."""
     from graphopt.benchmarking import bench_models
     from graphopt.report.formats import milliseconds, speedup
 
     shapes = dict(parse_input(text) for text in inputs)
-    result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet), remote)
+    result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet), remote, trust)
     content = result.to_dict()
     if output:
         _write_json(Path(output), content)
@@ -282,12 +286,13 @@ def inspect(model, layers, against, inputs, format_, verbose) -> int:
 @click.option("--input", "input_", required=True, type=click.Path(), help="An .npz with one array per input.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The .npz to write.")
 @THREADS
+@TRUST
 @click.option("-v", "--verbose", is_flag=True)
-def run(artifact, input_, output, threads, verbose) -> int:
+def run(artifact, input_, output, threads, trust, verbose) -> int:
     """Run ARTIFACT once on the arrays of an .npz; write its outputs as an .npz."""
     from graphopt.runtime.artifact import load
 
-    opened = load(artifact, threads)
+    opened = load(artifact, threads, trust)
     outputs = opened.run(_read_npz(Path(input_)))
     target = Path(output)
     staged = target.with_name(f".{target.name}.partial.npz")

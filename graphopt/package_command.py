@@ -25,13 +25,16 @@ RUNTIMES = ("cpp", "python", "c-static")
     "c-static: one static executable.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing package.")
+@click.option(
+    "--trust", is_flag=True, help="For c-static: run the artifact's library though you did not build it here."
+)
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", is_flag=True)
-def package(artifact, output, runtime, overwrite, format_, verbose) -> int:
+def package(artifact, output, runtime, overwrite, trust, format_, verbose) -> int:
     """Pack ARTIFACT for a machine without graphopt: model, runtime, interface, example; sizes are printed."""
     from graphopt.packaging import package as pack
 
-    packed = pack(artifact, output, runtime, overwrite)
+    packed = pack(artifact, output, runtime, overwrite, trust)
     described = packed.description
     if format_ == "json":
         click.echo(json.dumps(described))

@@ -44,7 +44,11 @@ def shared_images() -> Path:
     return SHARED / "images"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's schedule database."""
-    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path_factory.getbasetemp() / "graphopt-cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_folders(tmp_path_factory):
+    """No test reads or writes the user's schedule database or key."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAPHOPT_CACHE", str(tmp_path_factory.getbasetemp() / "graphopt-cache"))
+        patch.setenv("GRAPHOPT_CONFIG", str(tmp_path_factory.getbasetemp() / "graphopt-config"))
+        patch.delenv("GRAPHOPT_TRUST_KEY", raising=False)
+        yield

@@ -21,6 +21,8 @@ class Contender:
     name: str
     path: Path
     engine: Engine
+    trust: bool = False
+    """Whether an artifact's library may be loaded that was not built here."""
 
     @classmethod
     def onnx(cls, path: str | os.PathLike[str], name: str | None = None) -> Contender:
@@ -38,15 +40,15 @@ class Contender:
         return cls(name or Path(folder).name, Path(folder), "hybrid")
 
     @classmethod
-    def artifact(cls, folder: str | os.PathLike[str], name: str | None = None) -> Contender:
+    def artifact(cls, folder: str | os.PathLike[str], name: str | None = None, trust: bool = False) -> Contender:
         """An artifact folder, run as its user would."""
-        return cls(name or Path(folder).name, Path(folder), "artifact")
+        return cls(name or Path(folder).name, Path(folder), "artifact", trust)
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], name: str | None = None) -> Contender:
+    def of(cls, path: str | os.PathLike[str], name: str | None = None, trust: bool = False) -> Contender:
         """By what is there: a folder is an artifact, a file an ONNX model. Raises MeasurementError if nothing is."""
         if Path(path).is_dir():
-            return cls.artifact(path, name)
+            return cls.artifact(path, name, trust)
         if Path(path).is_file():
             return cls.onnx(path, name)
         raise MeasurementError(f"no such file or folder: {path}")

@@ -184,6 +184,7 @@ class Lineup:
                 path=str(racer.contender.path.absolute()),
                 threads=threads,
                 feeds=str(feeds_file),
+                trust=racer.contender.trust,
             ),
             lambda racer: racer.receive("opening"),
             lambda racer: racer.warm_up(warm_up_s),

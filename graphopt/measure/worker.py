@@ -50,7 +50,9 @@ def main(parent: int) -> int:
         try:
             if task == "open":
                 threads = int(request["threads"])
-                run = open_contender(request["engine"], request["path"], threads, Path(request["feeds"]))
+                run = open_contender(
+                    request["engine"], request["path"], threads, Path(request["feeds"]), request.get("trust", False)
+                )
                 answer: dict[str, Any] = {"ready": True}
             elif run is None:
                 answer = {"error": "asked to run before anything was opened"}
@@ -68,10 +70,11 @@ def main(parent: int) -> int:
     return 0
 
 
-def open_contender(engine: str, path: str, threads: int, feeds_file: Path) -> Run:
+def open_contender(engine: str, path: str, threads: int, feeds_file: Path, trust: bool = False) -> Run:
     """A function that runs the contender once on the saved feeds. Raises what opening it raises."""
     module, name = _ENGINES[engine]
-    opened = getattr(importlib.import_module(module), name)(Path(path), threads=threads)
+    known = {"trust": True} if trust and engine == "artifact" else {}
+    opened = getattr(importlib.import_module(module), name)(Path(path), threads=threads, **known)
     feeds = wire.load_feeds(feeds_file)
     run = opened.run
     return lambda: run(feeds)

@@ -18,7 +18,7 @@ from graphopt.output_folder import staged
 from graphopt.packaging import c_static, cpp, python
 from graphopt.packaging.readme import readme
 from graphopt.packaging.source import read_source
-from graphopt.runtime.artifact import sha256
+from graphopt.runtime.artifact import require_trust, sha256
 
 RUNTIMES = {"cpp": cpp.fill, "python": python.fill, "c-static": c_static.fill}
 DESCRIPTION = "package.json"
@@ -34,9 +34,15 @@ class Package:
 
 
 def package(
-    artifact: str | os.PathLike[str], output: str | os.PathLike[str], runtime: str, overwrite: bool = False
+    artifact: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    runtime: str,
+    overwrite: bool = False,
+    trust: bool = False,
 ) -> Package:
     """Write the folder `output`, whole or not at all.
+
+    `trust`: as in `graphopt.load`; only c-static, which is checked against the artifact's library, runs it.
 
     Raises SpecError: no such runtime; ArtifactError: the artifact cannot be read, or `output` cannot be written;
     TargetError: TVM's runtime cannot be fetched, a compiler is missing, or the model does not go with this runtime.
@@ -46,6 +52,8 @@ def package(
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(RUNTIMES)}"
         raise SpecError(f"unknown runtime {runtime!r}", hint=hint)
     source = read_source(artifact)
+    if runtime == "c-static":
+        require_trust(artifact, trust)
     with staged(output, overwrite, marker=DESCRIPTION) as stage:
         described = {
             "format": FORMAT,

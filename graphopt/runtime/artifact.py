@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import ArtifactError, DataError, nearest
+from graphopt.runtime import trust as trusts
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 MODEL = "model.onnx"
 COMPILED = "compiled"
 HYBRID = "hybrid"
+LIBRARY_FILES = ("model.so", "engine.json")
+"""What a library's folder holds."""
 
 Outputs = dict[str, np.ndarray]
 
@@ -111,24 +114,58 @@ class Artifact:
         return f"Artifact({str(self.folder)!r}, engine={self.engine!r}, threads={self.threads})"
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Artifact:
+def load(path: str | os.PathLike[str], threads: int | None = None, trust: bool = False) -> Artifact:
     """Open an artifact folder, checking that every file is as it was written; None threads: all cores.
 
-    Raises ArtifactError: not an artifact, from a newer graphopt, a file missing or damaged.
+    A compiled library is code that runs with your rights: one that you did not build here needs `trust=True`
+    (see docs/security.md).
+
+    Raises ArtifactError: not an artifact, from a newer graphopt, a file missing or damaged, a library of somebody else.
     """
     folder = Path(path).absolute()
-    manifest = read_manifest(folder)
+    content, manifest = _read(folder)
     check_files(folder, manifest)
+    if manifest["engine"] != "onnxruntime":
+        trusts.require(folder, content, trust)
     if threads is not None and threads < 1:
         raise ArtifactError(f"threads={threads} must be at least 1")
     return Artifact(folder, manifest, threads)
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises ArtifactError: a file is missing or is not as it was written."""
+    """Raises ArtifactError: a file is missing or is not as it was written, or a library is none of the files."""
+    home = folder.resolve()
     for name, wanted in manifest["files"].items():
+        if not (folder / name).resolve().is_relative_to(home):
+            raise ArtifactError(f"{folder / MANIFEST} is damaged: {name!r} is not in the artifact's folder")
         if sha256(folder / name) != wanted:
             raise ArtifactError(f"{folder / name} is damaged: its sha256 differs from {MANIFEST}")
+    if MODEL not in manifest["files"]:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: it has no sha256 of {MODEL}")
+    for name in _loaded(folder, manifest):
+        if name not in manifest["files"]:
+            raise ArtifactError(f"{folder / MANIFEST} is damaged: it has no sha256 of {name}")
+
+
+def _loaded(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The files that the engine opens, apart from the model."""
+    names = [f"{name}/{file}" for name, _ in library_folders(manifest) for file in LIBRARY_FILES]
+    if manifest["engine"] == "hybrid":
+        from graphopt.runtime.hybrid_engine import DESCRIPTION, read_description
+
+        names.append(f"{HYBRID}/{DESCRIPTION}")
+        for part in read_description(folder / HYBRID)[3]:
+            files = [f"{part.path}/{file}" for file in LIBRARY_FILES] if part.engine == "tvm" else [part.path]
+            names += [f"{HYBRID}/{file}" for file in files]
+    return names
+
+
+def require_trust(path: str | os.PathLike[str], trust: bool) -> None:
+    """Raises ArtifactError where an artifact has a library that was not built here, unless `trust`."""
+    folder = Path(path).absolute()
+    content, manifest = _read(folder)
+    if manifest["engine"] != "onnxruntime":
+        trusts.require(folder, content, trust)
 
 
 def library_folders(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -146,29 +183,68 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact folder. Raises ArtifactError."""
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """The manifest as it lies there, and what it says."""
     if not folder.is_dir():
         raise ArtifactError(f"no such artifact folder: {folder}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
         raise ArtifactError(f"{folder / MANIFEST} is damaged: it states no schema")
     if manifest["schema"] > MANIFEST_SCHEMA:
         raise ArtifactError(f"{folder} was written by a newer graphopt", hint="update graphopt to open it")
+    wrong = _wrong(manifest)
+    if wrong:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: {wrong}")
+    return content, manifest
+
+
+def _wrong(manifest: Mapping[str, Any]) -> str:
+    """What a manifest lacks, or has of another kind than it should; '' where it is right."""
     missing = {"engine", "signature", "files"} - manifest.keys()
-    if missing or (manifest["engine"] in ("tvm", "hybrid") and "compiled_shapes" not in manifest):
-        raise ArtifactError(f"{folder / MANIFEST} is damaged: it lacks {', '.join(sorted(missing)) or 'shapes'}")
-    return manifest
+    if manifest.get("engine") in ("tvm", "hybrid"):
+        missing |= {"compiled_shapes"} - manifest.keys()
+    if missing:
+        return f"it lacks {', '.join(sorted(missing))}"
+    if manifest["engine"] not in ("tvm", "hybrid", "onnxruntime"):
+        return f"its engine is {manifest['engine']!r}"[:80]
+    try:
+        for end in ("inputs", "outputs"):
+            for tensor in manifest["signature"][end]:
+                np.dtype(str(tensor["dtype"]))
+                if not isinstance(tensor["name"], str) or not isinstance(tensor["shape"], list):
+                    return f"its signature's {end}"
+        names = {tensor["name"] for tensor in manifest["signature"]["inputs"]}
+        for name, shape in manifest.get("compiled_shapes", {}).items():
+            if name not in names or not all(isinstance(d, int) for d in shape):
+                return "its compiled_shapes"
+        for library in manifest.get("libraries", ()):
+            if not isinstance(library["folder"], str) or not isinstance(library["target"], str):
+                return "its libraries"
+    except (TypeError, KeyError, AttributeError):
+        return "its signature, shapes or libraries"
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(isinstance(v, str) and "\0" not in k for k, v in files.items()):
+        return "its files"
+    if manifest["engine"] == "tvm" and not manifest.get("libraries", [COMPILED]):
+        return "it has no library"
+    return ""
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: list[str]) -> None:
-    """Write the manifest last: a folder without one is no artifact."""
+    """Write the manifest last, a folder without one is no artifact; signed, so that it needs no word to be loaded."""
     digests = {name: sha256(folder / name) for name in files}
-    text = json.dumps({"schema": MANIFEST_SCHEMA, **content, "files": digests}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"schema": MANIFEST_SCHEMA, **content, "files": digests}, indent=1) + "\n"
+    trusts.sign(folder, text.encode())
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def sha256(file: Path) -> str:

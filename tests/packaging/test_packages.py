@@ -360,7 +360,7 @@ def test_nothing_is_written_over_and_nothing_half(made, tmp_path, monkeypatch):
     described = damaged / "compiled/engine.json"
     shutil.copy(folder / "compiled/model.so", damaged / "compiled/model.so")
     described.write_text(json.dumps({**json.loads(described.read_text()), "device": "cuda"}))
-    write_manifest(damaged, read_manifest(damaged), [])
+    write_manifest(damaged, read_manifest(damaged), ["model.onnx", "compiled/model.so", "compiled/engine.json"])
     with pytest.raises(TargetError, match="runs on cuda"):
         package(damaged, tmp_path / "none", "cpp")
     monkeypatch.setattr("graphopt.packaging.c_compiler.shutil.which", lambda name: None)

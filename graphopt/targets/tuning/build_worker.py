@@ -1,26 +1,27 @@
 """The process that builds candidates: `python -m graphopt.targets.tuning.build_worker PARENT_PID [CPU]`.
 
-Requests and answers are pickles between two processes of one program, each after its length. The answer goes to the
-original stdout; what libraries print goes to stderr. The process ends when its parent does, even while it is stopped.
+Requests and answers are JSON, each after its length (`graphopt.measure.wire`); functions and targets are in TVM's own
+JSON. The answer goes to the original stdout; what libraries print goes to stderr. The process ends when its parent
+does, even while it is stopped.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
-import struct
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from graphopt.errors import GraphoptError
+from graphopt.measure import wire
 from graphopt.targets.schedules import Choice
+from graphopt.targets.schedules.workload import Machine, Workload
 from graphopt.targets.tuning.measure import Parameter
 
 _PR_SET_PDEATHSIG = 1
-_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,56 @@ class Built:
     problem: str = ""
 
 
-def send(stream: BinaryIO, content: Any) -> None:
-    data = pickle.dumps(content)
-    rest = memoryview(_LENGTH.pack(len(data)) + data)
+def send(stream: BinaryIO, content: Order | Built) -> None:
+    rest = memoryview(wire.encode(_plain(content)))
     while rest:
         rest = rest[stream.write(rest) :]
     stream.flush()
 
 
 def receive(stream: BinaryIO) -> Any | None:
-    """The next message; None where the other side has ended."""
-    head = _exactly(stream, _LENGTH.size)
-    if head is None:
+    """The next Order or Built; None where the other side has ended."""
+    message = wire.read(stream)
+    if message is None:
         return None
-    data = _exactly(stream, _LENGTH.unpack(head)[0])
-    return None if data is None else pickle.loads(data)
+    return _order(message) if "choice" in message else _built(message)
 
 
-def _exactly(stream: BinaryIO, count: int) -> bytes | None:
-    parts = []
-    while count:
-        part = stream.read(count)
-        if not part:
-            return None
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+def _plain(content: Order | Built) -> dict[str, Any]:
+    if isinstance(content, Built):
+        return asdict(content)
+    from tvm.ir import save_json
+
+    machine = content.workload.machine
+    return {
+        "function": save_json(content.workload.func),
+        "machine": {**asdict(machine), "features": sorted(machine.features), "without": sorted(machine.without)},
+        "choice": asdict(content.choice),
+        "constants": content.constants,
+        "target": save_json(content.target),
+        "library": content.library,
+        "arch": content.arch,
+    }
+
+
+def _order(message: Mapping[str, Any]) -> Order:
+    from tvm.ir import load_json
+
+    known = message["machine"]
+    machine = Machine(**{**known, "features": frozenset(known["features"]), "without": frozenset(known["without"])})
+    return Order(
+        Workload(load_json(message["function"]), machine),
+        Choice(**message["choice"]),
+        tuple(message["constants"]),
+        load_json(message["target"]),
+        message["library"],
+        message["arch"],
+    )
+
+
+def _built(message: Mapping[str, Any]) -> Built:
+    parameters = tuple(Parameter(tuple(p["shape"]), p["dtype"], p["constant"]) for p in message["parameters"])
+    return Built(message["library"], parameters, message["problem"])
 
 
 def build(order: Order) -> Built:
@@ -121,7 +146,4 @@ def main(parent: int, processor: int | None) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that what is pickled here is what the parent knows.
-    from graphopt.targets.tuning import build_worker
-
-    sys.exit(build_worker.main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None))
