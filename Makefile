@@ -1,4 +1,5 @@
 # make demo: from a bare checkout to a smaller, faster, measured model. make test: the tests. make check: lint, types.
+# make fuzz: 20 000 hostile model files.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c const
 # TVM links the library it compiles: with the system's linker, else with one from PyPI.
 CROSS := $(if $(shell command -v g++ || command -v gcc || command -v clang || command -v ld || command -v ld.lld),,[cross])
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all fuzz check clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "graphopt needs Python 3.10 or newer, this is " + sys.version)'
@@ -32,6 +33,12 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Hostile model files, for the night; CASES=N for fewer, SEED=N for others.
+CASES ?= 20000
+SEED ?= 0
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -116,12 +116,15 @@ class _Shapes:
 
     def __init__(self, model: ir.Model):
         self._shapes: dict[str, Dims] = dict(inferred_shapes(model))
-        self._item_bytes = {str(v.name): v.dtype.itemsize for v in _values(model.graph) if v.dtype is not None}
-        for name, dtype in _inferred_types(model).items():
-            self._item_bytes.setdefault(name, dtype.itemsize)
+        dtypes = {
+            **_inferred_types(model),
+            **{str(v.name): v.dtype for v in _values(model.graph) if v.dtype is not None},
+        }
+        unsized = (ir.DataType.STRING, ir.DataType.UNDEFINED)
+        self._item_bytes = {name: dtype.itemsize for name, dtype in dtypes.items() if dtype not in unsized}
         for value in (*model.graph.inputs, *model.graph.outputs):  # the names people know
             known = self._shapes.get(str(value.name))
-            if value.shape is not None and known is not None:
+            if value.shape is not None and known is not None and len(known) == len(value.shape):
                 named = [d if isinstance(d, int) else d.value for d in value.shape]
                 self._shapes[str(value.name)] = tuple(
                     k if k is not None else n for k, n in zip(known, named, strict=True)
@@ -284,7 +287,7 @@ def _product(left: int) -> Callable[[ir.Node, _Shapes], int | None]:
 def _recurrent(node: ir.Node, shapes: _Shapes) -> int | None:
     """X: (seq, batch, input) in either order; W: (directions, gates*hidden, input); R: (.., .., hidden)."""
     data, w, r = (shapes.static(g.input_of(node, k)) for k in (0, 1, 2))
-    if data is None or w is None or r is None:
+    if data is None or w is None or r is None or min(len(data), len(w), len(r)) < 3:
         return None
     return data[0] * data[1] * w[0] * w[1] * (w[2] + r[2])
 

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, nearest
+from graphopt.external_data import bring_inside, check_tensors
 from graphopt.graph import tensor_of
 from graphopt.opsets import for_onnxruntime
 from graphopt.shapes.inferred import inferred_shapes
@@ -73,14 +74,13 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if file.stat().st_size == 0:
         raise ModelError(f"{path} is empty, not an ONNX file")
     try:
-        model = ir.load(file)
+        model = _read(file, str(path))
     except google.protobuf.message.DecodeError:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated") from None
     except (ValueError, TypeError, OSError, ir.serde.SerdeError) as error:
         raise ModelError(f"cannot read {path}: {_first_line(error)}") from error
     if len(model.graph) == 0 and not model.graph.outputs:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
-    _check_external_data(model, file)
     check(model, str(path), file)
     return for_onnxruntime(model)
 
@@ -93,6 +93,31 @@ def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
         raise ModelError(f"cannot read {what}: {_first_line(error)}") from error
     check(model, what)
     return for_onnxruntime(model)
+
+
+def _read(file: Path, what: str) -> ir.Model:
+    """The model as it is; tensors in other files are read where all of them fit into one protobuf message."""
+    proto = onnx.load(file, load_external_data=False)
+    _check_text(proto, what)
+    outside = check_tensors(proto, file.parent, what)
+    if outside:
+        small = outside + file.stat().st_size < PROTOBUF_LIMIT_BYTES // 2
+        bring_inside(proto, file.parent, with_initializers=small)
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, file.parent)
+    return model
+
+
+def _check_text(message: google.protobuf.message.Message, what: str) -> None:
+    """Names are UTF-8: protobuf reads others, as bytes, and refuses to write them. Raises ModelError."""
+    for field, content in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        for each in (content,) if isinstance(content, (str, bytes, google.protobuf.message.Message)) else content:
+            if isinstance(each, bytes):
+                raise ModelError(f"{what} is not a valid ONNX model: a {field.name} in it is no UTF-8: {each[:40]!r}")
+            if not isinstance(each, str):
+                _check_text(each, what)
 
 
 def check(model: ir.Model, what: str, file: Path | None = None) -> None:
@@ -230,21 +255,12 @@ def _record_shapes(model: ir.Model) -> None:
 def _spec(value: ir.Value) -> TensorSpec:
     if value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise ModelError(f"{value.name!r} is not a tensor: sequence, map and optional inputs are not supported")
+    try:
+        dtype = np.dtype(value.dtype.numpy())
+    except TypeError as error:
+        raise ModelError(f"{value.name!r} has no type of elements that is known: {value.dtype}") from error
     dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return TensorSpec(str(value.name), np.dtype(value.dtype.numpy()), dims)
-
-
-def _check_external_data(model: ir.Model, file: Path) -> None:
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            try:
-                tensor.numpy()
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"external data of {value.name!r} cannot be read: {_first_line(error)}",
-                    hint=f"put {tensor.location} beside {file.name}; links that leave its folder are refused",
-                ) from error
+    return TensorSpec(str(value.name), dtype, dims)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from graphopt.errors import ModelError
@@ -14,13 +16,15 @@ def random_feeds(signature: Signature, seed: int = 0, batch: int = 1) -> dict[st
     A dynamic axis 0 becomes `batch`, and so does every other axis of the same name. The same arguments give the
     same arrays. Latency seldom depends on values, but denormals and NaN would change it: noise has neither.
 
-    Raises ModelError for any other dynamic dimension, and for dtypes that have no noise (strings, complex).
+    Raises ModelError for any other dynamic dimension, for sizes that memory does not hold, and for dtypes that have no
+    noise (strings, complex).
     """
     rng = np.random.default_rng(seed)
     batch_names = {spec.shape[0] for spec in signature.inputs if spec.shape and isinstance(spec.shape[0], str)}
     feeds = {}
     for spec in signature.inputs:
         shape = tuple(_size(spec, axis, batch, batch_names) for axis in range(len(spec.shape)))
+        _check_size(spec, shape)
         feeds[spec.name] = _noise(spec, shape, rng)
     return feeds
 
@@ -36,6 +40,20 @@ def _size(spec: TensorSpec, axis: int, batch: int, batch_names: set[str]) -> int
         f"input {spec.name!r} has a dynamic dimension at axis {axis} ({spec})",
         hint=f"give its size with --input '{spec.name}:{dims}', numbers in place of ?",
     )
+
+
+def _check_size(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    """A shape is a claim of the file; memory is not taken on its word."""
+    if any(d < 0 for d in shape):
+        raise ModelError(f"input {spec.name!r} has a negative dimension ({spec})")
+    import psutil
+
+    needed, available = 8 * math.prod(shape), psutil.virtual_memory().available  # noise is made in float64
+    if needed > available:
+        raise ModelError(
+            f"input {spec.name!r} ({spec}) takes {needed >> 20} MB, {available >> 20} MB are free",
+            hint="give a smaller size with --input, where the model's is dynamic",
+        )
 
 
 def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

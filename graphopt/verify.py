@@ -51,6 +51,9 @@ ROUNDING_OPERATORS = frozenset(
 PERTURBATIONS = 3
 """How often the conditioning of the original is sampled."""
 
+RUN_LIMIT_S = 900.0
+"""One run of a model that takes longer has an endless loop in it, or is of no use here."""
+
 Feeds = Mapping[str, np.ndarray]
 Runner = Callable[[Feeds], Mapping[str, np.ndarray]]
 
@@ -281,4 +284,4 @@ def onnxruntime_runner(model: ir.Model, file: Path) -> Runner:
     from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
     models.save(model, file)
-    return OnnxRuntimeEngine(file, threads=None, optimize=False).run
+    return OnnxRuntimeEngine(file, threads=None, optimize=False, limit_s=RUN_LIMIT_S).run

@@ -128,6 +128,12 @@ def test_an_unknown_domain_is_named(tmp_path):
     refused(tmp_path / "m.onnx", "Magic", "org.example", "wand")
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    content = models.to_bytes(parse(SMALL)).replace(b"Relu", b"Re\xb7u")
+    (tmp_path / "m.onnx").write_bytes(content)
+    refused(tmp_path / "m.onnx", "op_type", "UTF-8")
+
+
 def test_an_invalid_graph_is_refused(tmp_path):
     proto = onnx.load_from_string(models.to_bytes(parse(SMALL)))
     proto.graph.node[0].input[0] = "nowhere"
@@ -186,6 +192,87 @@ def test_external_data_through_links(tmp_path):
     path = external(tmp_path / "a", "m.data", length=8)
     (tmp_path / "a" / "m.data").symlink_to(tmp_path / "secret")
     refused(path, "m.data")
+
+
+def test_external_data_under_another_name_of_a_file(tmp_path):
+    """A hard link may be the other name of any file on the disk."""
+    (tmp_path / "secret").write_bytes(struct.pack("<2f", 3, 4))
+    path = external(tmp_path / "a", "m.data", length=8)
+    os.link(tmp_path / "secret", tmp_path / "a" / "m.data")
+    refused(path, "'w'", "hard link")
+
+
+def test_external_data_below_a_linked_folder(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "m.data").write_bytes(struct.pack("<2f", 3, 4))
+    path = external(tmp_path / "a", "sub/m.data", length=8)
+    (tmp_path / "a" / "sub").symlink_to(tmp_path / "outside")
+    refused(path, "symbolic link")
+
+
+def test_external_data_in_what_is_no_file(tmp_path):
+    path = external(tmp_path / "a", "m.data", length=8)
+    os.mkfifo(tmp_path / "a" / "m.data")  # reading it would wait for ever
+    refused(path, "no regular file")
+
+
+@pytest.mark.parametrize(
+    ("location", "offset", "length", "wanted"),
+    [
+        ("", 0, 8, "no name of a file"),
+        ("m\0x", 0, 8, "no name of a file"),
+        ("C:\\m.data", 0, 8, "absolute"),
+        ("..\\m.data", 0, 8, "'..'"),
+        ("m.data", -4, 8, "offset"),
+        ("m.data", 1 << 62, 8, "bytes 4611686018427387904"),
+        ("m.data", 4, 8, "which has 8"),
+        ("m.data", 0, 1 << 40, "length says"),
+        ("m.data", "x", 8, "offset"),
+    ],
+)
+def test_external_data_that_does_not_fit(tmp_path, location, offset, length, wanted):
+    path = external(tmp_path / "a", location, offset, length)
+    path.with_name("m.data").write_bytes(struct.pack("<2f", 3, 4))
+    refused(path, "'w'", wanted)
+
+
+def test_external_data_of_a_local_function(tmp_path):
+    """onnx_ir checks the tensors of the graph only; those of a function would be read from anywhere."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "local" : 1]> g (float[2] x) => (float[2] y) { y = local.f(x) }
+      <opset_import: ["" : 17], domain: "local"> f (a) => (b) {
+      c = Constant<value = float[2] {1, 2}>()  b = Add(a, c) }"""
+    model = onnx.parser.parse_model(text)
+    tensor = model.functions[0].node[0].attribute[0].t
+    tensor.ClearField("float_data")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="m.data")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "m.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "secret").write_bytes(struct.pack("<2f", 3, 4))
+    (tmp_path / "a" / "m.data").symlink_to(tmp_path / "secret")
+    refused(tmp_path / "a" / "m.onnx", "symbolic link")
+
+
+def test_a_model_with_external_data_goes_through_the_passes(tmp_path, monkeypatch):
+    path = external(tmp_path / "a", "m.data", length=8)
+    path.with_name("m.data").write_bytes(struct.pack("<2f", 3, 4))
+    model = models.load(path)
+    monkeypatch.chdir(tmp_path)
+    x = np.array([[-1, 1]], np.float32)
+    np.testing.assert_array_equal(run(model.clone(), {"x": x})[0], [[3, 5]])
+
+
+def test_saving_beside_a_link_leaves_what_it_points_at(tmp_path, monkeypatch):
+    """Data is written under a new name and renamed: a link with its name is replaced, not followed."""
+    monkeypatch.setattr(models, "PROTOBUF_LIMIT_BYTES", 4)
+    (tmp_path / "secret").write_text("untouched")
+    (tmp_path / "a").mkdir()
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "secret")
+    models.save(parse(SMALL), tmp_path / "a" / "m.onnx")
+    assert (tmp_path / "secret").read_text() == "untouched"
+    assert not (tmp_path / "a" / "m.onnx.data").is_symlink()
 
 
 # -- saving ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +22,21 @@ class OnnxRuntimeEngine:
     `model` is a path (external data is found beside it) or the bytes of a model without external data.
     `threads` is the number of threads inside an operator, None for ONNX Runtime's choice; operators run one
     after another. `optimize=False` turns every graph optimisation off: then it computes what the file says, node
-    by node, and can serve as a reference.
+    by node, and can serve as a reference. `limit_s`: a run that takes longer is ended, a loop may be endless.
 
     Raises ModelError when the file is missing or ONNX Runtime refuses it.
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | bytes, threads: int | None = None, optimize: bool = True
+        self,
+        model: str | os.PathLike[str] | bytes,
+        threads: int | None = None,
+        optimize: bool = True,
+        limit_s: float | None = None,
     ) -> None:
         import onnxruntime
+
+        self._limit_s = limit_s
 
         self._label = "the model" if isinstance(model, bytes) else str(model)
         options = onnxruntime.SessionOptions()
@@ -63,16 +71,40 @@ class OnnxRuntimeEngine:
         operator fails.
         """
         try:
-            if self._is_narrow:
-                given = {name: narrow_types.value_of(np.asarray(array)) for name, array in feeds.items()}
-                made = self._session.run_with_ort_values(self._output_list, given)
-                values = [narrow_types.array_of(value) for value in made]
-            else:
-                values = self._session.run(self._output_list, feeds)
+            values = self._values(feeds) if self._limit_s is None else self._limited(feeds)
         except (*self._failures, ValueError) as error:
             self._check(feeds)
             raise TargetError(f"ONNX Runtime failed on {self._label}: {one_line(error)}") from error
         return dict(zip(self.output_names, values, strict=True))  # type: ignore[arg-type]
+
+    def _values(self, feeds: Mapping[str, np.ndarray], options: Any = None) -> Any:
+        if not self._is_narrow:
+            return self._session.run(self._output_list, feeds, options)
+        given = {name: narrow_types.value_of(np.asarray(array)) for name, array in feeds.items()}
+        made = self._session.run_with_ort_values(self._output_list, given, options)
+        return [narrow_types.array_of(value) for value in made]
+
+    def _limited(self, feeds: Mapping[str, np.ndarray]) -> Any:
+        import onnxruntime
+
+        options, limit = onnxruntime.RunOptions(), self._limit_s or 0.0
+        ended: list[bool] = []
+
+        def end() -> None:
+            ended.append(True)
+            options.terminate = True
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._values(feeds, options)
+        except self._failures as error:
+            if ended:
+                raise TargetError(f"one run of {self._label} in ONNX Runtime takes over {limit:g} s") from error
+            raise
+        finally:
+            timer.cancel()
 
     def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Say what is wrong with the inputs, if they are what is wrong. Only called after a failure."""
