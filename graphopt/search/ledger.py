@@ -21,12 +21,10 @@ class Ledger:
     def __init__(self, path: Path | None):
         self._path = path
         self._known: dict[tuple[str, str], Any] = {}
-        self._torn = False
         try:
             text = path.read_text(encoding="utf-8", errors="replace") if path is not None and path.exists() else ""
         except OSError as error:
             raise DataError(f"the search's notes {path} cannot be read: {error.strerror}") from error
-        self._torn = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 entry = json.loads(line)
@@ -45,7 +43,6 @@ class Ledger:
         if self._path is None:
             return
         line = json.dumps({"kind": kind, "key": key, "value": value}, separators=(",", ":")) + "\n"
-        line, self._torn = ("\n" + line if self._torn else line), False
         try:
             append_line(self._path, line)
         except OSError as error:

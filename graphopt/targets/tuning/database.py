@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -75,7 +76,6 @@ class Database:
         self._shipped = _read_shipped(shipped) if shipped is not None else {}
         text = _text(path) if path.exists() else ""
         self._records, self.skipped = parse(text)
-        self._torn = bool(text) and not text.endswith("\n")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -107,13 +107,10 @@ class Database:
         return [record for record in found if record is not None]
 
     def add(self, key: Key, record: Record) -> None:
-        """Append one line in one write, so that a crash can tear no line but the last."""
+        """Append one line, whole or not at all."""
         self._records[key] = record
-        line = encode(key, record)
-        if self._torn:
-            line, self._torn = "\n" + line, False
         try:
-            append_line(self.path, line)
+            append_line(self.path, encode(key, record))
         except OSError as error:
             raise TargetError(f"the schedule database {self.path} cannot be written: {error.strerror}") from error
 
@@ -164,7 +161,7 @@ def compact(records: Mapping[Key, Record]) -> str:
 
 def write(path: Path, records: Mapping[Key, Record]) -> None:
     """Write a compact database, whole or not at all. Raises TargetError."""
-    staged = path.with_name(f".{path.name}.partial")
+    staged = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_text(compact(records), encoding="utf-8")
