@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -33,11 +34,12 @@ def ci() -> None:
 @click.option("--no-build", is_flag=True, help="Judge the artifacts that are there; optimize nothing.")
 @click.option("--require-base", is_flag=True, help="A model without a base is an error.")
 @click.option("--allow-inconclusive", is_flag=True, help="Exit 0 instead of 5.")
+@click.option("--trust", is_flag=True, help="Load a base that another machine compiled: docs/security.md.")
 @click.option("--commit", help="Default: what the CI says, else what is checked out.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("-v", "--verbose", is_flag=True)
-def run(config, only, no_build, require_base, allow_inconclusive, commit, format_, quiet, verbose) -> int:
+def run(config, only, no_build, require_base, allow_inconclusive, trust, commit, format_, quiet, verbose) -> int:
     """Build and judge every model of graphopt.toml; one report.
 
     Exit 0: within all bounds. 4: a regression. 1: a model could not be built or judged. 5: something could not be
@@ -47,7 +49,7 @@ def run(config, only, no_build, require_base, allow_inconclusive, commit, format
     from graphopt.ci.reports import github_annotations, headline, junit, markdown
     from graphopt.ci.suite import Outcome, run_plan
 
-    plan = read_plan(config, tuple(only))
+    plan = replace(read_plan(config, tuple(only)), trust=trust)
     progress = ConsoleProgress(quiet)
 
     def told(outcome: Outcome) -> None:

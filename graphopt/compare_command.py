@@ -42,6 +42,7 @@ def _bounds(command):
     "--input", "inputs", multiple=True, metavar="NAME:D0,D1,...", help="Fix the dynamic dimensions of an input."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--trust", is_flag=True, help="Load compiled libraries that were not built here: docs/security.md.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("-v", "--verbose", is_flag=True)
@@ -70,6 +71,7 @@ def compare(base, new, max_regression, threads, seconds, inputs, seed, format_, 
         shapes=dict(parse_input(text) for text in inputs),
         seed=seed,
         progress=ConsoleProgress(quiet),
+        trust=options["trust"],
         leniency=Leniency(options["any_versions"], options["normalise"], options["fail_normalised"]),
     )
     if format_ == "json":

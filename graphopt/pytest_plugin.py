@@ -68,7 +68,7 @@ class LatencyGate:
         bounds = parse_bounds(
             {key.replace("_", "-"): given.pop(key) for key in _BOUNDS if key in given}, "graphopt_latency"
         )
-        known = ("data", "preprocess", "threads", "seconds", "inputs", "seed", "timed")
+        known = ("data", "preprocess", "threads", "seconds", "inputs", "seed", "timed", "trust")
         unknown = [key for key in given if key not in known]
         if unknown:
             hint = f"it has: {', '.join((*_BOUNDS, *known))}"
@@ -85,6 +85,7 @@ class LatencyGate:
             seconds=seconds,
             shapes=given.get("inputs"),
             seed=given.get("seed", 0),
+            trust=given.get("trust", False),
         )
         told = describe(judged)
         self._request.node.add_report_section("call", "graphopt", told)

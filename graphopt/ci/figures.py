@@ -22,7 +22,7 @@ from graphopt.inspection import inspect
 from graphopt.measure import Contender
 from graphopt.progress import SILENT, Progress
 from graphopt.remote.elf_functions import read_functions
-from graphopt.runtime.artifact import HYBRID, is_artifact, library_folders, load, read_manifest
+from graphopt.runtime.artifact import HYBRID, is_artifact, library_folders, load, read_manifest, require_trust
 from graphopt.runtime.hybrid_engine import compiled_parts
 from graphopt.runtime.tvm_engine import LIBRARY, read_description
 
@@ -111,7 +111,9 @@ class Row:
         }
 
 
-def figures_of(path: str, feeds: Mapping[str, np.ndarray], wanted: Collection[str]) -> dict[str, Value]:
+def figures_of(
+    path: str, feeds: Mapping[str, np.ndarray], wanted: Collection[str], trust: bool = False
+) -> dict[str, Value]:
     """The figures named in `wanted` (of `KINDS`) of an ONNX file or an artifact, for inputs of the shapes of `feeds`.
 
     Raises what loading it raises.
@@ -128,8 +130,10 @@ def figures_of(path: str, feeds: Mapping[str, np.ndarray], wanted: Collection[st
     if "kernels" in wanted:
         found["kernels"] = _kernels(path) if artifact else Value(None, "nothing is compiled")
     if "instructions" in wanted:
+        if artifact:
+            require_trust(path, trust)  # the process that is counted runs it without asking again
         try:
-            counted = count(Contender.of(path), feeds)
+            counted = count(Contender.of(path, trust=trust), feeds)
             found["instructions"] = Value(counted.value, how=counted.counter)
         except TargetError as error:
             found["instructions"] = Value(None, str(error))
@@ -190,7 +194,13 @@ def _row(kind: Kind, base: Value, new: Value, bound: Bound | None) -> Row:
 
 
 def judge_accuracy(
-    base: str, new: str, data: str, preprocess: str | None, bounds: Bounds, progress: Progress = SILENT
+    base: str,
+    new: str,
+    data: str,
+    preprocess: str | None,
+    bounds: Bounds,
+    progress: Progress = SILENT,
+    trust: bool = False,
 ) -> Row:
     """Both models through their own engines, on the same data; without labels NEW is judged by agreeing with BASE.
 
@@ -200,7 +210,7 @@ def judge_accuracy(
     dataset = calibration.load_dataset(data, signature, preprocess)
     if not len(dataset):
         raise DataError(f"{data} holds no samples")
-    run_base, run_new = _runner(base), _runner(new)
+    run_base, run_new = _runner(base, trust), _runner(new, trust)
     elsewhere = [path for path in (base, new) if not runs_here(path)]
     after = evaluate(run_new, dataset, signature=signature, reference=run_base, progress=progress)
     before: Accuracy | None = None
@@ -227,9 +237,9 @@ def judge_accuracy(
     )
 
 
-def _runner(path: str):
+def _runner(path: str, trust: bool):
     if is_artifact(path) and runs_here(path):
-        return load(path).run
+        return load(path, trust=trust).run
     from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(model_file(path)).run

@@ -60,8 +60,10 @@ def judge(
     seed: int = 0,
     progress: Progress = SILENT,
     leniency: Leniency = STRICT,
+    trust: bool = False,
 ) -> Judged:
     """Judge what `bounds` demand; `show`: the figures without a bound too, but for instructions, which take a while.
+    `trust` as in `graphopt.load`.
 
     Figures come first: they are cheap, and do not disturb the timing. Raises what reading, running and timing raise.
     """
@@ -71,14 +73,16 @@ def judge(
     rows: list[Row] = []
     if wanted and not saved:
         feeds = sample_feeds([base, new], None, shapes, seed)
-        found = [figures_of(path, feeds, wanted) for path in (base, new)]
+        found = [figures_of(path, feeds, wanted, trust) for path in (base, new)]
         rows += judge_figures(found[0], found[1], bounds)
 
     if data is not None and not saved:
-        rows.append(judge_accuracy(base, new, data, preprocess, bounds, progress))
+        rows.append(judge_accuracy(base, new, data, preprocess, bounds, progress, trust))
     comparison = None
     if timed:
-        comparison = compare_paths(base, new, bounds.max_regression, threads, seconds, shapes, seed, progress, leniency)
+        comparison = compare_paths(
+            base, new, bounds.max_regression, threads, seconds, shapes, seed, progress, leniency, trust
+        )
     return Judged(base, new, comparison, tuple(rows))
 
 

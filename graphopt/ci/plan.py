@@ -83,6 +83,8 @@ class Plan:
     threads: int = 1
     seconds: float = 60.0
     seed: int = 0
+    trust: bool = False
+    """Load compiled libraries that were not built here, as a base from another machine is. Never read from the file."""
 
 
 def read_plan(path: Path, only: tuple[str, ...] = ()) -> Plan:

@@ -133,6 +133,7 @@ def _outcome(case: Case, plan: Plan, commit: str, build: bool, require_base: boo
         seconds=plan.seconds,
         seed=plan.seed,
         progress=progress,
+        trust=plan.trust,
     )
     entry = None
     if judged.comparison is not None:
@@ -202,7 +203,7 @@ def _alone(case: Case, plan: Plan, commit: str, timed: bool, rows: Sequence[Row]
     new = str(case.new)
     feeds = sample_feeds([new], None, {}, plan.seed)
     seconds = min(ALONE_S, plan.seconds)
-    run = race([Contender.of(new, NEW)], feeds, threads=plan.threads, seconds=seconds, progress=progress)
+    run = race([Contender.of(new, NEW, plan.trust)], feeds, threads=plan.threads, seconds=seconds, progress=progress)
     return _entry(case, commit, run, rows)
 
 
