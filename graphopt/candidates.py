@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import guard
 from graphopt import model as models
+from graphopt.compiling import can_go_apart, compile_apart, compile_here
+from graphopt.crashes import reproducer
 from graphopt.errors import DeviceError, GraphoptError, TargetError, VerificationError
 from graphopt.measure import Contender
 from graphopt.passes.base import Fidelity
@@ -122,24 +127,42 @@ class Compiler:
 
     def build_static(self, model: ir.Model, folder: Path, precision: str, tune_seconds: float) -> TuningReport:
         """`build` of a model whose input shapes are static already."""
+        return self._built(model, folder, precision, tune_seconds)[0]
+
+    def _built(
+        self,
+        model: ir.Model,
+        folder: Path,
+        precision: str,
+        tune_seconds: float,
+        samples: Sequence[Feeds] = (),
+        who: str = "the model",
+    ) -> tuple[TuningReport, list[dict[str, np.ndarray]] | None]:
+        """The tuning report, and the outputs for `samples`; None where they were not run.
+
+        Where it can be, all this happens in a process of its own (see `compiling`): a crash there is a TargetError that
+        names the node, with a reproducer in the cache folder.
+        """
         target = narrowed(self.target, precision) if precision in NARROW else self.target
-        lowered = target.lower(model)
-        tuning = target.tune(
-            lowered,
-            seconds=tune_seconds if self.place.runs else 0,
-            database=database_path(),
-            seed=self.settings.seed,
-            progress=self.progress,
-            devices=self.place.devices,
-        )
-        target.build(lowered, folder)
-        return tuning
+        seconds = tune_seconds if self.place.runs else 0
+        how = folder, seconds, database_path(), self.settings.seed, self.progress
+        devices = self.place.devices
+        if devices is not None or not can_go_apart(target):
+            return compile_here(model, target, *how, devices=devices), None
+        try:
+            tuning, outputs = compile_apart(model, target, *how, samples=samples)
+        except guard.CrashError as crash:
+            what = f"compiling {who} crashed ({crash})"
+            command = f"graphopt tune model.onnx --target '{target}' --tune-seconds {seconds:g}"
+            small = models.parameter_bytes(model) < models.PROTOBUF_LIMIT_BYTES // 2
+            saved = reproducer(models.to_bytes(model), f"{what}\n\n{command}") if small else None
+            raise TargetError(what, hint=f"please report it with {saved}" if saved else None) from crash
+        return tuning, outputs if samples else None
 
     def _compile(self, variant: Variant, precision: str, tune_seconds: float) -> Candidate:
         folder = Path(tempfile.mkdtemp(prefix=f"{variant.name}-{precision}-", dir=self.work))
         try:
-            tuning = self.build(variant.model, folder, precision, tune_seconds)
-            errors = self._judge(variant, folder, precision) if self.place.runs else ()
+            tuning, errors = self._made_and_verified(variant, folder, precision, tune_seconds)
         except VerificationError as error:
             return Candidate(_record(variant, "tvm", "wrong", str(error), precision=precision), variant, folder)
         except GraphoptError as error:
@@ -147,18 +170,35 @@ class Compiler:
                 raise
             return Candidate(_record(variant, "tvm", "unavailable", str(error), precision=precision), variant, folder)
         size = sum(f.stat().st_size for f in folder.iterdir())
-        record = _record(variant, "tvm", "measured" if self.place.runs else "not run", size=size, precision=precision)
-        record = dataclasses.replace(record, errors=errors, tuning=dataclasses.asdict(tuning))
+        status = "measured" if self.place.runs else "not run"
+        record = _record(variant, "tvm", status, size=size, precision=precision)
+        record = dataclasses.replace(record, errors=errors, tuning=tuning)
         made = Candidate(record, variant, folder)
         noise_counts = self.place.runs and precision != "float32" and variant.fidelity is not Fidelity.LOSSY
         return _bounded(made, self.settings.min_snr) if noise_counts and self.data.evaluation is None else made
 
-    def _judge(self, variant: Variant, folder: Path, precision: str) -> tuple[OutputError, ...]:
-        with self.place.open(Contender.compiled(folder), None) as run:
-            if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
-                return verify(run, variant, self.reference)
-            who = f"compiling the {variant.name} variant in {precision}"
-            return self.reference.judge(run, Fidelity.LOSSY, who)
+    def _made_and_verified(
+        self, variant: Variant, folder: Path, precision: str, tune_seconds: float
+    ) -> tuple[dict[str, Any], tuple[OutputError, ...]]:
+        """The tuning report, as JSON has it, and the errors of the outputs."""
+        who = f"the {variant.name} variant"
+        samples = self.reference.samples if self.place.is_here else ()
+        model = specialise(variant.model, self.data.samples[0])
+        tuning, outputs = self._built(model, folder, precision, tune_seconds, samples=samples, who=who)
+        if not self.place.runs:
+            return dataclasses.asdict(tuning), ()
+        if outputs is None:
+            with self.place.open(Contender.compiled(folder), None) as run:
+                outputs = [run(sample) for sample in self.reference.samples]
+        return dataclasses.asdict(tuning), self._judged(outputs, variant, precision)
+
+    def _judged(
+        self, outputs: Sequence[Mapping[str, np.ndarray]], variant: Variant, precision: str
+    ) -> tuple[OutputError, ...]:
+        if precision == "float32" or variant.fidelity is Fidelity.LOSSY:
+            return verify(outputs, variant, self.reference)
+        who = f"compiling the {variant.name} variant in {precision}"
+        return self.reference.judge_outputs(outputs, Fidelity.LOSSY, who)
 
 
 def _bounded(candidate: Candidate, min_snr: float) -> Candidate:
@@ -171,15 +211,17 @@ def _bounded(candidate: Candidate, min_snr: float) -> Candidate:
     return candidate
 
 
-def verify(run, variant: Variant, reference: Reference) -> tuple[OutputError, ...]:
+def verify(
+    outputs: Sequence[Mapping[str, np.ndarray]], variant: Variant, reference: Reference
+) -> tuple[OutputError, ...]:
     """Exact variants: within rounding of the input model. Lossy ones: compiling may add at most twice the noise that
     the lossy pass itself added (a value on the edge between two quanta may fall either way in two correct engines,
     and some networks make as much of that as of the quantization); accuracy through this engine is measured later."""
     who = f"compiling the {variant.name} variant"
     if variant.fidelity is not Fidelity.LOSSY:
-        return reference.judge(run, Fidelity.ROUNDING, who)
+        return reference.judge_outputs(outputs, Fidelity.ROUNDING, who)
     same = Reference(variant.model, reference.samples, reference.work)
-    errors = same.judge(run, Fidelity.LOSSY, who)
+    errors = same.judge_outputs(outputs, Fidelity.LOSSY, who)
     allowed = {e.name: e.snr_db for e in variant.record.errors}
     for error in errors:
         floor = allowed.get(error.name, math.inf)

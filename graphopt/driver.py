@@ -36,6 +36,7 @@ from graphopt.pipeline import PassRecord, Pipeline, count_nodes, count_operators
 from graphopt.places import Place, place_for
 from graphopt.precision import settled
 from graphopt.progress import SILENT, Progress
+from graphopt.rehearsal import rehearse
 from graphopt.report import DataRecord, Report, SourceRecord
 from graphopt.runtime.artifact import Artifact, load
 from graphopt.search import search
@@ -56,7 +57,7 @@ class Result:
 
     def load(self, threads: int | None = None) -> Artifact:
         """Open the artifact. Raises ArtifactError when the run wrote none."""
-        return load(self.path or "no output folder was given", threads)
+        return load(self.path or "no output folder was given", threads, trust=True)
 
 
 def optimize(
@@ -110,6 +111,7 @@ def run(
         ending.enter_context(place)
         with _timed(report, "load"):
             source, data = _load(settings, report)
+            rehearse(source.path, settings.inputs, data.samples, work)
             reference = Reference(source.model, data.samples, work)
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)

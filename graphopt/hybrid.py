@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from graphopt import model as models
 from graphopt.candidates import Candidate, Compiler, specialise, verify
+from graphopt.compiling import run_apart, survey_apart
 from graphopt.errors import DeviceError, TargetError, VerificationError
 from graphopt.graph import label
 from graphopt.hybrid_times import time_part
@@ -122,7 +123,7 @@ class _Maker:
         model = specialise(inlined(variant.model), compiler.data.samples[0])
         types = known_types(model, compiler.work)
         try:
-            survey = compiler.target.survey(model, types)
+            survey = survey_apart(model, compiler.target, types, compiler.work)
         except TargetError:
             return None
         if survey is None:
@@ -162,7 +163,8 @@ class _Maker:
         try:
             parts = self._settled(folder)
             with self.compiler.place.open(Contender.hybrid(folder), None) as run:
-                errors = verify(run, self.variant, self.compiler.reference)
+                outputs = [run(sample) for sample in self.compiler.reference.samples]
+            errors = verify(outputs, self.variant, self.compiler.reference)
         except VerificationError as error:
             return self._candidate(folder, "wrong", str(error))
         except TargetError as error:
@@ -195,6 +197,7 @@ class _Maker:
             refused = self._build(parts)
             if not refused:
                 self._write(folder, parts)
+                run_apart(folder, self.compiler.target, self.compiler.reference.samples)
                 refused = self._slower(folder, parts)
             if not refused:
                 return parts

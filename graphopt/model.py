@@ -14,12 +14,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphopt.checking import check_apart, check_file, first_line
 from graphopt.errors import ModelError, nearest
 from graphopt.external_data import bring_inside, check_tensors
 from graphopt.graph import tensor_of
 from graphopt.opsets import for_onnxruntime
 from graphopt.shapes.inferred import inferred_shapes
-from graphopt.shapes.onnx_inference import infer_shapes, without_large
+from graphopt.shapes.onnx_inference import as_inferred, infer_shapes, without_large
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 PROTOBUF_LIMIT_BYTES = 2_147_483_647
@@ -61,6 +62,40 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
     Raises ModelError: missing, not ONNX, truncated, invalid, unknown domain.
     """
+    model = _opened(path)
+    _check_domains(model, str(path))
+    light = _light(model)
+    check_apart(Path(path).absolute(), light, str(path))
+    if light is None:
+        raise ModelError(f"{path} is not a valid ONNX model: it has attributes or tensors of no type")
+    return for_onnxruntime(model)
+
+
+def read(path: str | os.PathLike[str]) -> ir.Model:
+    """`load` without the checks, of a file that was checked before, or is graphopt's own. Raises ModelError."""
+    return for_onnxruntime(_opened(path))
+
+
+def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
+    """A model that is in memory already, as `load` gives it. Raises ModelError as that does."""
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, TypeError, ir.serde.SerdeError) as error:
+        raise ModelError(f"cannot read {what}: {first_line(error)}") from error
+    check(model, what)
+    return for_onnxruntime(model)
+
+
+def _light(model: ir.Model) -> bytes | None:
+    """What shape inference will see; None where there is what onnx_ir cannot write, which the checker should name."""
+    try:
+        return as_inferred(model).SerializeToString()
+    except (TypeError, ValueError, ir.serde.SerdeError):
+        return None
+
+
+def _opened(path: str | os.PathLike[str]) -> ir.Model:
+    """Raises ModelError: missing, not ONNX, truncated, external data that is refused."""
     file = Path(path).absolute()  # a relative path would skip the containment check of external data
     if not file.exists():
         raise ModelError(f"no such file: {path}")
@@ -78,21 +113,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except google.protobuf.message.DecodeError:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated") from None
     except (ValueError, TypeError, OSError, ir.serde.SerdeError) as error:
-        raise ModelError(f"cannot read {path}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read {path}: {first_line(error)}") from error
     if len(model.graph) == 0 and not model.graph.outputs:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated: it holds no graph")
-    check(model, str(path), file)
-    return for_onnxruntime(model)
-
-
-def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
-    """A model that is in memory already, as `load` gives it. Raises ModelError as that does."""
-    try:
-        model = ir.from_proto(proto)
-    except (ValueError, TypeError, ir.serde.SerdeError) as error:
-        raise ModelError(f"cannot read {what}: {_first_line(error)}") from error
-    check(model, what)
-    return for_onnxruntime(model)
+    return model
 
 
 def _read(file: Path, what: str) -> ir.Model:
@@ -120,8 +144,14 @@ def _check_text(message: google.protobuf.message.Message, what: str) -> None:
                 _check_text(each, what)
 
 
-def check(model: ir.Model, what: str, file: Path | None = None) -> None:
+def check(model: ir.Model, what: str) -> None:
     """ONNX's checker with full shape inference. Raises ModelError naming `what`."""
+    _check_domains(model, what)
+    large = parameter_bytes(model) > CHECKED_WITH_WEIGHTS_BYTES  # they would be copied, or be too much for protobuf
+    check_file(without_large(model) if large else ir.to_proto(model), what)
+
+
+def _check_domains(model: ir.Model, what: str) -> None:
     for opset in model.opset_imports:
         if opset not in KNOWN_DOMAINS:
             users = [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain == opset]
@@ -131,16 +161,6 @@ def check(model: ir.Model, what: str, file: Path | None = None) -> None:
                     node=users[0].name or users[0].outputs[0].name,
                     hint=f"known domains: {', '.join(sorted(d or 'ai.onnx' for d in KNOWN_DOMAINS if d != 'ai.onnx'))}",
                 )
-    try:
-        if file is not None:
-            onnx.checker.check_model(str(file), full_check=True)
-        else:
-            large = (
-                parameter_bytes(model) > CHECKED_WITH_WEIGHTS_BYTES
-            )  # they would be copied, or be too much for protobuf
-            onnx.checker.check_model(without_large(model) if large else ir.to_proto(model), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise ModelError(f"{what} is not a valid ONNX model: {_first_line(error)}") from error
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -261,8 +281,3 @@ def _spec(value: ir.Value) -> TensorSpec:
         raise ModelError(f"{value.name!r} has no type of elements that is known: {value.dtype}") from error
     dims = () if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
     return TensorSpec(str(value.name), dtype, dims)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:300] if lines else type(error).__name__

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from graphopt import guard
 from graphopt import model as models
 from graphopt.calibration import random_dataset
 from graphopt.candidates import specialise
+from graphopt.compiling import can_go_apart
+from graphopt.crashes import reproducer
 from graphopt.errors import SpecError, TargetError, nearest
 from graphopt.passes.base import Context
 from graphopt.pipeline import PRESETS, Pipeline
@@ -20,7 +23,8 @@ from graphopt.plugins import parse_target
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime.artifact import MODEL, is_artifact
 from graphopt.schedule_database import database_path
-from graphopt.targets.base import Lowered, Target, TuningReport
+from graphopt.targets.base import Devices, Lowered, Target, TuningReport
+from graphopt.targets.llvm import LlvmTarget, load_compiler
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -89,23 +93,69 @@ def tune_model(
     database = database or database_path()
     place = Here() if remote is None else place_for(target, remote)
     target = place.completed(target)
-    lowered = lower_model(path, target, shapes or {}, seed)
-    report = target.tune(
-        lowered,
+    if place.devices is not None or not can_go_apart(target):
+        report = _search(path, target, seconds, shapes or {}, database, seed, fresh, progress, place.devices)
+        return Tuned(report, database)
+    file = Path(path) / MODEL if is_artifact(path) else Path(path)
+    models.load(file)  # what is wrong with it is told as that
+    arguments = {
+        "path": os.fspath(path), "target": str(target), "seconds": seconds, "database": str(database), "seed": seed,
+        "shapes": {name: list(shape) for name, shape in (shapes or {}).items()}, "fresh": fresh,
+    }  # fmt: skip
+    try:
+        found = guard.guarded(_search_apart, arguments, progress, preload=load_compiler)
+    except guard.CrashError as crash:
+        what = f"tuning {path} crashed ({crash})"
+        small = file.stat().st_size < models.PROTOBUF_LIMIT_BYTES
+        command = f"graphopt tune model.onnx --target '{target}' --tune-seconds {seconds:g}"
+        saved = reproducer(file.read_bytes(), f"{what}\n\n{command}") if small else None
+        hint = "what was found so far is kept" + (f"; please report it with {saved}" if saved else "")
+        raise TargetError(what, hint=hint) from crash
+    return Tuned(TuningReport.from_dict(found), database)
+
+
+def _search(
+    path: str | os.PathLike[str],
+    target: Target,
+    seconds: float,
+    shapes: Shapes,
+    database: Path,
+    seed: int,
+    fresh: bool,
+    progress: Progress,
+    devices: Devices | None,
+) -> TuningReport:
+    return target.tune(
+        lower_model(path, target, shapes, seed),
         seconds=seconds,
         database=database,
         seed=seed,
         progress=progress,
         fresh=fresh,
         everything=True,
-        devices=place.devices,
+        devices=devices,
     )
-    return Tuned(report, database)
+
+
+def _search_apart(arguments: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+    shapes = {name: tuple(shape) for name, shape in arguments["shapes"].items()}
+    report = _search(
+        arguments["path"],
+        parse_target(arguments["target"]),
+        arguments["seconds"],
+        shapes,
+        Path(arguments["database"]),
+        arguments["seed"],
+        arguments["fresh"],
+        progress,
+        None,
+    )
+    return dataclasses.asdict(report)
 
 
 def model_keys(path: str | os.PathLike[str], target: Target, shapes: Shapes) -> set[Any]:
     """The database keys of a model's kernels on a CPU target. Raises TargetError for other targets."""
-    from graphopt.targets.llvm import LlvmTarget, LoweredModel
+    from graphopt.targets.llvm import LoweredModel
     from graphopt.targets.tuning.tasks import find_tasks
 
     if not isinstance(target, LlvmTarget):

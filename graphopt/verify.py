@@ -95,11 +95,11 @@ def check_structure(model: ir.Model, expected: models.Signature, who: str) -> No
 class Reference:
     """The original model's outputs on a few samples, and the judgement of others against them."""
 
-    def __init__(self, original: ir.Model, samples: Sequence[Feeds], work: Path):
+    def __init__(self, original: ir.Model, samples: Sequence[Feeds], work: Path, limit_s: float = RUN_LIMIT_S):
         self.original = _inferred(original)
         self.samples = tuple(samples)
         self.work = work
-        self.runner = onnxruntime_runner(original, work / "reference.onnx")
+        self.runner = onnxruntime_runner(original, work / "reference.onnx", limit_s)
         self.outputs = tuple({k: np.array(v) for k, v in self.runner(s).items()} for s in self.samples)
         self.reduction_length = total_reduction_length(self.original)
 
@@ -279,9 +279,10 @@ def _dimension(value: ir.Value | None, axis: int) -> int:
     return dimension if isinstance(dimension, int) else unknown
 
 
-def onnxruntime_runner(model: ir.Model, file: Path) -> Runner:
-    """The model in ONNX Runtime with graph optimisations disabled: the plain reference."""
+def onnxruntime_runner(model: ir.Model, file: Path, limit_s: float = RUN_LIMIT_S) -> Runner:
+    """The model in ONNX Runtime with graph optimisations disabled: the plain reference. A run over `limit_s` is ended,
+    with TargetError."""
     from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
     models.save(model, file)
-    return OnnxRuntimeEngine(file, threads=None, optimize=False, limit_s=RUN_LIMIT_S).run
+    return OnnxRuntimeEngine(file, threads=None, optimize=False, limit_s=limit_s).run

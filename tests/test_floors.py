@@ -14,8 +14,8 @@ import graphopt
 PACKAGE = Path(graphopt.__file__).parent
 
 FLOORS = (
-    {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress"},
-    {"graph", "opsets", "shapes", "model", "calibration", "measure"},
+    {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress", "guard", "arrays"},
+    {"checking", "graph", "opsets", "shapes", "model", "external_data", "calibration", "measure"},
     {"passes.base", "targets.base"},
     {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection",
      "output_folder", "schedule_database"},

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from graphopt import checking
 from graphopt import model as models
 from graphopt.errors import ModelError
 from tests.passes.oracle import SHAPES, random_feeds, run
@@ -273,6 +274,21 @@ def test_saving_beside_a_link_leaves_what_it_points_at(tmp_path, monkeypatch):
     models.save(parse(SMALL), tmp_path / "a" / "m.onnx")
     assert (tmp_path / "secret").read_text() == "untouched"
     assert not (tmp_path / "a" / "m.onnx.data").is_symlink()
+
+
+def test_a_vector_too_long_to_follow(tmp_path):
+    """ONNX makes an entry for each of the 2^42 elements that are concatenated, if it is let."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (int64[4] x) => (int64[m] y)
+      <int64[4] w = {3, 5, 7, 9}, int64[1] reps = {1099511627776}> { t = Tile(w, reps)  y = Concat<axis = 0>(t, x) }"""
+    (tmp_path / "m.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    model = models.load(tmp_path / "m.onnx")
+    assert models.fix_inputs(model, {"x": (4,)}).graph.outputs[0].shape == (4 * 1099511627776 + 4,)
+
+
+def test_a_checker_that_takes_too_long_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "LIMIT_S", 0.0)
+    (tmp_path / "m.onnx").write_bytes(models.to_bytes(parse(SMALL)))
+    refused(tmp_path / "m.onnx", "keeps ONNX's checker busy")
 
 
 # -- saving ---------------------------------------------------------------------------------------------------------

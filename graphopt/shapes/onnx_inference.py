@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
+from graphopt.checking import inferred
+
 _LARGE_BYTES = 4096
 """Contents of larger initializers never decide a shape: only their types are handed over."""
 
@@ -19,11 +21,10 @@ def infer_shapes(model: ir.Model) -> None:
         for value in node.outputs:
             if value.shape is not None and not value.shape.is_static():
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
-    try:
-        inferred = onnx.shape_inference.infer_shapes(without_large(model), data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError):
+    result = inferred(without_large(model))
+    if result is None:
         return
-    found = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    found = {info.name: info.type for info in (*result.graph.value_info, *result.graph.output)}
     for node in model.graph:
         for value in node.outputs:
             known = found.get(str(value.name))
@@ -43,6 +44,15 @@ def _dimension(proto: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:
     if proto.HasField("dim_value"):
         return proto.dim_value
     return ir.SymbolicDim(proto.dim_param or None)
+
+
+def as_inferred(model: ir.Model) -> onnx.ModelProto:
+    """What `infer_shapes` will hand over; the model stays as it is."""
+    proto = without_large(model)
+    for value in (*proto.graph.value_info, *proto.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            dimension.ClearField("dim_param")
+    return proto
 
 
 def without_large(model: ir.Model) -> onnx.ModelProto:

@@ -44,6 +44,11 @@ class TuningReport:
     """What candidates were chosen by; "instructions" where the processor is not at hand: rows then have `instructions`
     of a call, as counted in the emulator, and `model_cycles` and `share_of_peak` by llvm-mca."""
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TuningReport:
+        """What `dataclasses.asdict` made of a report, and JSON of that."""
+        return cls(**{**content, "rows": tuple(content["rows"]), "losses": tuple(content["losses"])})
+
     @property
     def kernels_us(self) -> float:
         """The kernels' times, each as often as a run of the model calls it; those without a time count nothing."""

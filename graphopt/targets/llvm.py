@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import capabilities
+from graphopt import capabilities, guard
 from graphopt.errors import TargetError
 from graphopt.progress import SILENT, Progress
 from graphopt.runtime import amx_permission
@@ -167,14 +167,16 @@ class LlvmTarget(Target):
         from graphopt.targets.relax import half, importer, layer_calls, pipeline
 
         self.check_precision()
-        integers = importer.multiplies_bytes(model)
-        imported = importer.import_model(model, self.form(integers))
         try:
+            integers = importer.multiplies_bytes(model)
+            imported = importer.import_model(model, self.form(integers))
+            guard.at("fusing kernels")
             module = pipeline.fuse(imported.module, chains="fusion" not in self.switched_off)
-        except (InternalError, RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise compile_error(error) from error
-        if self.precision == "float16":
-            module = half.computed(module, self.machine())
+            if self.precision == "float16":
+                module = half.computed(module, self.machine())
+        except (InternalError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+                AssertionError) as error:  # fmt: skip
+            raise compile_error(error) from error  # a model may be valid, and still be one that nobody thought of
         names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
         outputs = [str(v.name) for v in model.graph.outputs]
         return LoweredModel(
@@ -251,6 +253,7 @@ class LlvmTarget(Target):
         lowered = cast(LoweredModel, lowered)
         folder = Path(folder)
         try:
+            guard.at("generating machine code")
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
             planned = executable.export(
@@ -334,6 +337,13 @@ def tensor_descriptions(module, names, outputs):
 
 def _description(name: str, kind) -> dict[str, Any]:
     return {"name": name, "dtype": str(np.dtype(str(kind.dtype))), "shape": [int(d) for d in kind.shape.values]}
+
+
+def load_compiler() -> None:
+    """Import what compiles: a process that is forked afterwards has it."""
+    import tvm  # noqa: F401
+
+    from graphopt.targets.relax import importer  # noqa: F401
 
 
 def compile_error(error: BaseException) -> TargetError:

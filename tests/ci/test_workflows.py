@@ -21,7 +21,7 @@ def test_github(tmp_path):
     assert all(("uses" in step) != ("run" in step) for step in steps)
     runs = [step["run"] for step in steps if "run" in step]
     assert runs[0] == "pip install graphopt"
-    assert "graphopt ci run --config graphopt.toml --allow-inconclusive" in runs
+    assert "graphopt ci run --config graphopt.toml --allow-inconclusive --trust" in runs
     # An expression inside of a script would let a pull request's text run as a command.
     assert not any("${{" in run for run in runs)
     assert [case.name for case in read_plan(tmp_path / "graphopt.toml").cases] == ["net"]

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from tests.fuzz.corpus import corpus
@@ -521,8 +522,11 @@ def make_case(seed: int, number: int, folder: Path) -> tuple[Path, str]:
     done = [name]
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5))):
         mutation = rng.choice(MUTATIONS)
-        mutation(model, rng)
         done.append(mutation.__name__)
+        try:
+            mutation(model, rng)
+        except DecodeError:
+            done.append("(too deep)")  # protobuf itself refuses to nest it further
     content = bytearray(model.SerializeToString())
     if rng.random() < 0.15:
         done.append(_damage(content, rng))

@@ -12,13 +12,14 @@ import sys
 import traceback
 from pathlib import Path
 
-from graphopt import errors, verify
+from graphopt import errors
 from graphopt import model as models
 from graphopt.errors import GraphoptError
 from graphopt.inspection import inspect
 from graphopt.passes.base import Context
 from graphopt.pipeline import Pipeline
 from graphopt.plugins import parse_target
+from graphopt.rehearsal import rehearse
 from graphopt.samples import random_feeds
 from graphopt.verify import Reference
 from tests.fuzz.mutations import make_case
@@ -34,7 +35,6 @@ DOCUMENTED = frozenset({errors.EXIT_FAILURE, errors.EXIT_USAGE, errors.EXIT_ACCU
 def main(seed: int, folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    verify.RUN_LIMIT_S = RUN_LIMIT_S
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
@@ -62,8 +62,10 @@ def stages(path: Path, work: Path, *, lower: bool) -> None:
     signature = models.signature(model)
     inspect(model)
     feeds = random_feeds(signature)
-    model = models.fix_inputs(model, {name: array.shape for name, array in feeds.items()})
-    reference = Reference(model, [feeds], work)
+    shapes = {name: array.shape for name, array in feeds.items()}
+    model = models.fix_inputs(model, shapes)
+    rehearse(path, shapes, [feeds], work, RUN_LIMIT_S)
+    reference = Reference(model, [feeds], work, RUN_LIMIT_S)
     target = parse_target("cpu{threads=1}")
     made, _ = Pipeline.parse(PASSES).run(model, Context(target.capabilities), reference)
     if lower:

@@ -17,7 +17,8 @@ import graphopt
 from graphopt.errors import ArtifactError
 from graphopt.packaging import package
 from graphopt.runtime import trust
-from graphopt.runtime.artifact import MANIFEST
+from graphopt.runtime.artifact import MANIFEST, write_manifest
+from graphopt.runtime.hybrid_engine import PartFiles, write_description
 from tests.models import save_small_cnn
 
 FEEDS = {"x": np.zeros((1, 3, 8, 8), np.float32)}
@@ -69,6 +70,41 @@ def test_what_another_built_needs_your_word_and_says_why(artifact, other_user):
 def test_an_unsigned_one_needs_your_word(artifact):
     (artifact / trust.SIGNATURE).unlink()
     refused(artifact, "unsigned", "--trust")
+
+
+@pytest.fixture
+def in_parts(artifact) -> Path:
+    """The same library, as the one part of a model in parts."""
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    (artifact / "hybrid").mkdir()
+    (artifact / "compiled").rename(artifact / "hybrid" / "part-0")
+    types = {
+        each["name"]: (np.dtype(each["dtype"]), (1, *each["shape"][1:])) for each in manifest["signature"]["inputs"]
+    }
+    write_description(artifact / "hybrid", types, ["y"], {}, [PartFiles("tvm", "part-0", ("x",), ("y",))])
+    rewritten(artifact, manifest)
+    return artifact
+
+
+def rewritten(artifact: Path, manifest: dict[str, object]) -> None:
+    """Sign it anew, as a model in parts."""
+    files = [str(f.relative_to(artifact)) for f in artifact.rglob("*") if f.is_file() and f.name[:8] != "manifest"]
+    kept = {k: v for k, v in manifest.items() if k not in ("files", "schema", "libraries")}
+    write_manifest(artifact, {**kept, "engine": "hybrid"}, files)
+
+
+def test_a_model_in_parts_is_yours_or_needs_your_word(in_parts, tmp_path, monkeypatch):
+    assert graphopt.load(in_parts, threads=1).run(FEEDS)["y"].shape == (1, 5)
+    monkeypatch.setenv("GRAPHOPT_CONFIG", str(tmp_path / "other"))
+    trust.sign(tmp_path, b"their first artifact makes their key")
+    refused(in_parts, "by another key", "--trust")
+
+
+def test_every_part_has_its_digest(in_parts):
+    manifest = json.loads((in_parts / MANIFEST).read_text())
+    kept = {k: v for k, v in manifest.items() if k != "files"}
+    write_manifest(in_parts, kept, ["model.onnx", "hybrid/hybrid.json", "hybrid/part-0/engine.json"])
+    refused(in_parts, "no sha256 of hybrid/part-0/model.so")
 
 
 def test_without_a_key_nothing_is_trusted(artifact, tmp_path, monkeypatch):

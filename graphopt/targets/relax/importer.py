@@ -29,6 +29,7 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 
+from graphopt import guard
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.graph import constant_of
 from graphopt.targets.relax import (
@@ -216,6 +217,7 @@ class Importer:
 
         graph = self.proto.graph
         for tensor in graph.initializer:
+            guard.at(f"initializer {tensor.name!r}")
             array = onnx.numpy_helper.to_array(tensor)
             self.values[tensor.name] = Value(tuple(array.shape), str(array.dtype), const=array)
         params = []
@@ -239,6 +241,7 @@ class Importer:
         """Import one node. Raises TargetError."""
         inputs = [self.values[name] if name else None for name in node.input]
         self.builder.layer = _label(node)
+        guard.at(f"node {_label(node)!r} ({node.op_type})")
         results = self._folded(node, inputs)
         if results is None:
             reason = unsound.reason(node, inputs, self.opset)

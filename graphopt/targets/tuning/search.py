@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphopt import guard
 from graphopt.progress import Advance, Progress
 from graphopt.targets import schedules
 from graphopt.targets.base import TuningReport
@@ -161,6 +162,7 @@ class Search:
             task.fail(position)
             self.progress.note(f"{task.names[0]}: {task.choices[position]} cannot be built ({built.problem})")
         else:
+            guard.at(f"timing kernel {task.names[0]} with {task.choices[position]}")
             timer.submit(task, position, built)
 
     def _settle(self, timing: Timing) -> None:
