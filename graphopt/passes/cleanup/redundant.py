@@ -19,7 +19,7 @@ from graphopt.shapes.facts import ShapeFacts
 _FAR = 2**31 - 1
 """Exporters write INT_MAX, or INT64_MAX, for "to the end"."""
 _ADDRESSABLE = 2**47
-"""Elements that no machine holds: an axis that would make a tensor of so many is shorter than that."""
+"""Bytes that no process can address: an axis that would make a tensor of so many is shorter than that."""
 
 
 def drop_redundant(model: ir.Model, facts: ShapeFacts) -> int:
@@ -136,10 +136,11 @@ def _slice(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
         return None
     _, ends, axes, _ = operands
     shape = facts.shape(node.inputs[0])
-    rest = math.prod(size for size in shape or () if isinstance(size, int))
+    dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
+    row = math.prod(size for size in shape or () if isinstance(size, int)) * (1 if dtype is None else dtype.itemsize)
     for end, axis in zip(ends, axes, strict=True):
         size = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
-        whole = end >= size if isinstance(size, int) else end >= _FAR or end * rest >= _ADDRESSABLE
+        whole = end >= size if isinstance(size, int) else end >= _FAR or end * row >= _ADDRESSABLE
         if not whole:
             return None
     return node.inputs[0]
