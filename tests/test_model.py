@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphopt import checking
 from graphopt import model as models
 from graphopt.errors import ModelError
+from graphopt.shapes.inferred import inferred_shapes
 from tests.passes.oracle import SHAPES, random_feeds, run
 from tests.rewrites.pairs import parse
 
@@ -283,6 +284,12 @@ def test_a_vector_too_long_to_follow(tmp_path):
     (tmp_path / "m.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
     model = models.load(tmp_path / "m.onnx")
     assert models.fix_inputs(model, {"x": (4,)}).graph.outputs[0].shape == (4 * 1099511627776 + 4,)
+
+
+def test_a_shape_that_is_no_vector_decides_nothing():
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[a] y, float[b] z) <int64 one = {1}>
+      { c = ConstantOfShape(one)  y = Add(c, x)  z = Expand(x, one) }"""
+    assert inferred_shapes(ir.from_proto(onnx.parser.parse_model(text)))["x"] == (2,)
 
 
 def test_a_checker_that_takes_too_long_is_an_error(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ class ShapeFacts:
             return self._range(node)
         if op == "ConstantOfShape":
             target = self.content(g.input_of(node, 0))
-            return None if target is None else tuple(target)
+            return None if target is None or np.ndim(target) != 1 else tuple(target)
         first = self.shape(g.input_of(node, 0))
         if op in _KEEPS_SHAPE:
             return first
@@ -161,7 +161,7 @@ class ShapeFacts:
             return self._reduced(node, first)
         if op == "Expand":
             target = self.content(node.inputs[1])
-            return None if target is None else _broadcast([first, tuple(target)])
+            return None if target is None or np.ndim(target) != 1 else _broadcast([first, tuple(target)])
         if op == "Pad":
             return self._padded(node, first)
         if op == "Slice":
@@ -284,7 +284,7 @@ class ShapeFacts:
 
     def _reshape(self, node: ir.Node, data: Shape) -> Shape | None:
         target = self.content(g.input_of(node, 1))
-        if target is None or g.attribute(node, "allowzero", 0):
+        if target is None or np.ndim(target) != 1 or g.attribute(node, "allowzero", 0):
             return None
         shape: list[Size] = list(target)
         for axis, size in enumerate(shape):
