@@ -35,6 +35,7 @@ from graphopt.partition import (
     extract,
     inlined,
     known_types,
+    record_types,
     segments,
     store_constants,
     work_of,
@@ -129,6 +130,7 @@ class _Maker:
         if survey is None:
             return None
         types = {**types, **survey.types}
+        record_types(model, types)
         store_constants(model, survey.constants)
         nodes = Nodes.of(model, survey.refused)
         refused = {

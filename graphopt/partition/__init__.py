@@ -7,7 +7,7 @@ from graphopt.partition.nodes import Nodes
 from graphopt.partition.part_models import PartModel, extract
 from graphopt.partition.phases import fewest_parts
 from graphopt.partition.segments import segments
-from graphopt.partition.types import inlined, known_types, store_constants
+from graphopt.partition.types import inlined, known_types, record_types, store_constants
 
 __all__ = [
     "Nodes",
@@ -18,6 +18,7 @@ __all__ = [
     "fewest_parts",
     "inlined",
     "known_types",
+    "record_types",
     "segments",
     "store_constants",
     "work_of",

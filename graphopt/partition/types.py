@@ -49,6 +49,15 @@ def known_types(model: ir.Model, work: Path) -> dict[str, TensorType]:
     return found
 
 
+def record_types(model: ir.Model, types: Mapping[str, TensorType]) -> None:
+    """Write down, in place, what is known of values of unknown shape."""
+    for value in (v for node in model.graph for v in node.outputs):
+        kind = types.get(str(value.name))
+        if kind is not None and static_shape(value) is None:
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(kind.dtype)))
+            value.shape = ir.Shape(kind.shape)
+
+
 def store_constants(model: ir.Model, constants: Mapping[str, np.ndarray]) -> None:
     """Make initializers, in place, of values that depend on shapes only: a part knows the shapes of its inputs, not
     those of values in other parts. What depends on initializers alone stays computed."""

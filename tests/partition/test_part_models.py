@@ -10,7 +10,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import model as models
 from graphopt.model import check
-from graphopt.partition import Nodes, Part, cut, extract, fewest_parts, inlined, known_types, segments, store_constants
+from graphopt.partition import (
+    Nodes,
+    Part,
+    cut,
+    extract,
+    fewest_parts,
+    inlined,
+    known_types,
+    record_types,
+    segments,
+    store_constants,
+)
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from graphopt.targets.base import TensorType
 
@@ -164,6 +175,8 @@ def test_functions_are_inlined_and_other_domains_typed_by_onnx_runtime(tmp_path)
     assert not model.functions and [n.op_type for n in model.graph] == ["Add", "QuickGelu", "NonZero", "Relu"]
     types = known_types(model, tmp_path)
     assert types["g"] == KIND and "z" not in types
+    record_types(model, types)
+    assert [v.shape and v.shape.is_static() for n in model.graph for v in n.outputs] == [True, True, False, True]
 
 
 @given(random_models(), st.integers(1, 6), st.data())
