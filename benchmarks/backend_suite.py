@@ -38,6 +38,7 @@ ENGINES = ("passes", "tvm")
 STATUSES = ("matched", "refused", "failed")
 KINDS = ("node", "simple", "real", "pytorch-converted", "pytorch-operator")
 PASSES = os.environ.get("GRAPHOPT_SUITE_PASSES", PRESETS["exact"])
+"""What runs before either engine; without onnxsim, which asks a process of its own, the suite takes a third."""
 BATCH = 400
 """Tests that one worker process runs before another takes its place."""
 
@@ -326,7 +327,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
             found["reasons"] = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
             operators[name][engine] = found
     versions = {n: importlib.metadata.version(n) for n in ("onnx", "onnxruntime", "apache-tvm")}
-    return {"versions": versions, "operators": operators}
+    return {"versions": versions, "passes": PASSES, "operators": operators}
 
 
 def _shortened(detail: str) -> str:
@@ -354,7 +355,7 @@ def document(found: dict[str, Any]) -> str:
         "",
         "    python -m benchmarks.backend_suite OUT.json && python -m benchmarks.backend_suite OUT.json --document",
         "",
-        f"with {versions}.",
+        f"with {versions}; passes `{found['passes']}`.",
         "",
         "A test is *matched* where element type, shape and numbers are those expected, within the tolerance that onnx",
         "gives it; *refused* where graphopt raised an error that names the operator and the reason; *failed* where a",

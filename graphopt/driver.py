@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt import calibration, samples
+from graphopt import calibration, opsets, samples
 from graphopt import model as models
 from graphopt.artifact_writer import write_artifact
 from graphopt.candidates import Candidate, Compiler, baseline, make_candidates
@@ -110,7 +110,7 @@ def run(
         work = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-")))
         ending.enter_context(place)
         with _timed(report, "load"):
-            source, data = _load(settings, report)
+            source, data = _load(settings, report, work)
             rehearse(source.path, settings.inputs, data.samples, work)
             reference = Reference(source.model, data.samples, work)
         with _timed(report, "rewrite"):
@@ -199,11 +199,15 @@ def _check_place(settings: Settings, place: Place) -> None:
         )
 
 
-def _load(settings: Settings, report: Report) -> tuple[Source, Data]:
+def _load(settings: Settings, report: Report, work: Path | None = None) -> tuple[Source, Data]:
     path = Path(settings.model)
     original = models.load(path)
+    runnable = path
+    if opsets.is_converted(original) and work is not None:  # the file itself is beyond ONNX Runtime
+        runnable = work / "input.onnx"
+        models.save(original, runnable)
     model = models.fix_inputs(original, settings.inputs)
-    source = Source(path, model, models.signature(model))
+    source = Source(runnable, model, models.signature(model))
     data = _load_data(settings, source, report)
     report.source = SourceRecord(
         path=str(path),

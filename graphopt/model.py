@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
 def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
     """A model that is in memory already, as `load` gives it. Raises ModelError as that does."""
     try:
-        model = ir.from_proto(proto)
+        model = _with_sparse(ir.from_proto(proto), proto)
     except (ValueError, TypeError, ir.serde.SerdeError) as error:
         raise ModelError(f"cannot read {what}: {first_line(error)}") from error
     check(model, what)
@@ -127,7 +127,7 @@ def _read(file: Path, what: str) -> ir.Model:
     if outside:
         small = outside + file.stat().st_size < PROTOBUF_LIMIT_BYTES // 2
         bring_inside(proto, file.parent, with_initializers=small)
-    model = ir.from_proto(proto)
+    model = _with_sparse(ir.from_proto(proto), proto)
     ir.external_data.set_base_dir(model.graph, file.parent)
     return model
 
@@ -142,6 +142,26 @@ def _check_text(message: google.protobuf.message.Message, what: str) -> None:
                 raise ModelError(f"{what} is not a valid ONNX model: a {field.name} in it is no UTF-8: {each[:40]!r}")
             if not isinstance(each, str):
                 _check_text(each, what)
+
+
+def _with_sparse(model: ir.Model, proto: onnx.ModelProto) -> ir.Model:
+    """The model with its sparse initializers, which `onnx_ir` leaves out, as dense ones."""
+    graph = model.graph
+    unknown = {v.name: v for node in graph for v in node.inputs if v is not None and v.producer() is None}
+    for sparse in proto.graph.sparse_initializer:
+        name = sparse.values.name
+        values = onnx.numpy_helper.to_array(sparse.values)
+        places = onnx.numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if places.ndim == 1:
+            dense.reshape(-1)[places] = values
+        else:
+            dense[tuple(places.T)] = values
+        value = unknown.get(name) or ir.Value(name=name)
+        value.const_value = ir.tensor(dense, name=name)
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(dense.shape)
+        graph.register_initializer(value)
+    return model
 
 
 def check(model: ir.Model, what: str) -> None:

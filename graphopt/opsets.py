@@ -18,6 +18,7 @@ import onnx_ir as ir
 OLDEST_OPSET = 7
 SURE_OPSET, SURE_IR_VERSION = 22, 10
 """Versions that every ONNX Runtime graphopt works with takes: models up to these are not looked at."""
+_CONVERTED = "graphopt.converted"
 _LARGEST_BYTES = 1 << 30
 """Of tensors: a larger model is left as it is, since the converter copies it through protobuf."""
 
@@ -34,7 +35,13 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
         model = _converted(model, newest_opset)
     if (model.ir_version or 0) > newest_ir_version:
         model.ir_version = newest_ir_version
+        model.meta[_CONVERTED] = True
     return model
+
+
+def is_converted(model: ir.Model) -> bool:
+    """Whether `for_onnxruntime` changed the model's version."""
+    return bool(model.meta.get(_CONVERTED))
 
 
 def _converted(model: ir.Model, opset: int) -> ir.Model:
@@ -48,9 +55,16 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
     found = _through_converter(proto, opset)
     if found is None:  # what is new may be defined by what is not
         new = [("", name) for name in changed_since(proto, opset) if _is_defined(name)]
-        expanded = onnx.inliner.inline_selected_functions(proto, new, False, True) if new else None
-        found = None if expanded is None else _through_converter(expanded, opset)
-    return model if found is None else ir.from_proto(found)  # else ONNX Runtime will say what is too new
+        try:
+            expanded = onnx.inliner.inline_selected_functions(proto, new, False, True)
+        except RuntimeError:
+            return model  # the inliner wants types that nothing says
+        found = _through_converter(expanded, opset) if new else None
+    if found is None:
+        return model  # ONNX Runtime will say what is too new
+    converted = ir.from_proto(found)
+    converted.meta[_CONVERTED] = True
+    return converted
 
 
 def _through_converter(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto | None:

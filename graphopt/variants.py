@@ -27,6 +27,7 @@ class Source:
     """The model that came in, with `--input` applied."""
 
     path: Path
+    """Of its file, or of what `opsets` made of it where that is of a version ONNX Runtime does not know."""
     model: ir.Model
     signature: models.Signature
 

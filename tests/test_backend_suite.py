@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import backend_suite as suite
 
+DOCS = Path(suite.__file__).resolve().parent.parent / "docs"
 SAMPLES = 60
 
 
@@ -49,6 +52,12 @@ def test_a_worker_that_crashes_or_hangs_costs_one_test(known):
     worker.process.kill()
     worker.process.wait()
     assert next(iter(suite.run_suite(["test_abs"], "passes", known, 60))).status == "matched"
+
+
+def test_the_page_is_what_the_last_run_gives():
+    found = json.loads((DOCS / "operators.json").read_text(encoding="utf-8"))
+    assert suite.document(found) == (DOCS / "operators.md").read_text(encoding="utf-8")
+    assert not [n for n, row in found["operators"].items() for e in suite.ENGINES if row[e]["failed"]]
 
 
 def test_what_counts_as_rounding():

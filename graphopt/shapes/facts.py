@@ -263,11 +263,14 @@ class ShapeFacts:
             return
         axis = g.attribute(node, "axis", 0) % len(whole)
         sizes = g.attribute(node, "split", None)
-        sizes = list(sizes) if sizes is not None else g.integers_of(g.input_of(node, 1))
+        operand = g.input_of(node, 1)
+        if sizes is None and operand is not None:
+            found = self.content(operand)
+            sizes = None if found is None else found.reshape(-1).tolist()
         for index, value in enumerate(node.outputs):
             if sizes is not None and len(sizes) == len(node.outputs):
                 part: Size = sizes[index]
-            elif isinstance(whole[axis], int) and whole[axis] % len(node.outputs) == 0:  # type: ignore[operator]
+            elif operand is None and isinstance(whole[axis], int) and whole[axis] % len(node.outputs) == 0:  # type: ignore[operator]
                 part = floor_divide(whole[axis], len(node.outputs))
             else:
                 part = Dim.named(f"#{value.name}#{axis}")

@@ -150,7 +150,8 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value | None:
     shapes = [g.static_shape(v) for v in operands]
     mask = g.input_of(node, 3)
     plain = not any(g.attribute(node, name, 0) for name in ("softcap", "softmax_precision", "qk_matmul_output_mode"))
-    if len(node.inputs) > 4 or not plain or g.attribute(node, "is_causal", 0):
+    windowed = any(g.attribute(node, f"{side}_window_size", -1) != -1 for side in ("left", "right"))
+    if len(node.inputs) > 4 or not plain or windowed or g.attribute(node, "is_causal", 0):
         return None
     if shapes[0] is None or shapes[1] is None or shapes[2] is None:
         return None
