@@ -346,7 +346,7 @@ def document(found: dict[str, Any]) -> str:
     for row in found["operators"].values():
         for engine in ENGINES:
             totals[engine].update({key: row[engine][key] for key in (*STATUSES, "rounded")})
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
     lines = [
         "# Operators",
         "",
@@ -383,7 +383,7 @@ def document(found: dict[str, Any]) -> str:
     for engine in ENGINES:
         lines += ["", f"## Refused by `{engine}`", ""]
         for name, row in found["operators"].items():
-            for reason, count in row[engine]["reasons"].items():
+            for reason, count in sorted(row[engine]["reasons"].items(), key=lambda item: (-item[1], item[0])):
                 lines.append(f"- {name} ({count}): {reason.replace('|', '/').replace('*', '')}")
     return "\n".join(lines) + "\n"
 
