@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -44,7 +46,7 @@ def test_every_opset_that_onnxruntime_knows(opset):
     proto = model_of(nodes, opset, constants)
     made = models.from_proto(proto)
     assert made.opset_imports[""] == opset and not opsets.is_converted(made)
-    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": X})[0]
+    wanted: Any = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": X})[0]
     np.testing.assert_allclose(backend.run_model(proto, [X])[0], wanted, rtol=1e-5)
 
 
@@ -117,7 +119,7 @@ def test_initializers_that_are_shared(engine):
         helper.make_node("Conv", ["n", "w"], ["y"]),
     ]
     proto = model_of(nodes, 17, constants)
-    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": X})[0]
+    wanted: Any = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": X})[0]
     np.testing.assert_allclose(backend.run_model(proto, [X], engine=engine)[0], wanted, rtol=1e-5)
 
 
@@ -147,7 +149,7 @@ def test_names_that_repeat_in_subgraphs(tmp_path):
     def branch(value):
         out = helper.make_tensor_value_info("t", FLOAT, X.shape)
         nodes = [helper.make_node("Mul", ["x", "k"], ["t"])]
-        return helper.make_graph(nodes, "b", [], [out], [numpy_helper.from_array(np.float32(value), "k")])
+        return helper.make_graph(nodes, "b", [], [out], [numpy_helper.from_array(np.asarray(value, np.float32), "k")])
 
     nodes = [helper.make_node("If", ["c"], ["y"], then_branch=branch(2), else_branch=branch(3))]
     for condition, factor in ((True, 2), (False, 3)):
