@@ -141,6 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON lines; what is there is not done again")
     parser.add_argument("--count", type=int, default=200, help="comparisons with itself; half as many of the others")
+    parser.add_argument(
+        "--seeds", default="0:", help="FIRST:BEYOND, to share the work out; the outputs are joined with cat"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="cap of one comparison")
     parser.add_argument("--cases", default=",".join(CASES), help="which of them")
     parser.add_argument("--quiet-machine", action="store_true", help="without the competing load")
@@ -160,7 +163,9 @@ def main() -> None:
                 Path(folder) / f"{case.slowdown}.onnx", round(PRODUCTS * (1 + case.slowdown))
             )  # fmt: skip
             found = [entry for entry in known if entry["case"] == case.name]
-            missing = sorted(set(range(max(1, round(arguments.count * case.often)))) - {e["seed"] for e in found})
+            first, _, beyond = arguments.seeds.partition(":")
+            seeds = range(max(1, round(arguments.count * case.often)))[int(first) : int(beyond) if beyond else None]
+            missing = sorted(set(seeds) - {e["seed"] for e in found})
             for seed in missing:
                 with contextlib.nullcontext() if arguments.quiet_machine else competing_load(seed):
                     begin = time.monotonic()
