@@ -39,6 +39,14 @@ def _isolated(monkeypatch):
     monkeypatch.delenv(client.SWITCH, raising=False)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
@@ -165,6 +173,7 @@ def test_what_another_process_cannot_find_is_refused():
 # -- how it ends -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_lets_the_work_keep_what_it_has(tmp_path):
     def interrupt():
         until(lambda: (tmp_path / "started").exists())
@@ -176,6 +185,7 @@ def test_an_interrupt_lets_the_work_keep_what_it_has(tmp_path):
     assert (tmp_path / "kept").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_ends_it(tmp_path):
     def interrupt():
         until((tmp_path / "asleep").exists)

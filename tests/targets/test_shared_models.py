@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import model as models
-from graphopt.errors import UnsupportedOperatorError
+from graphopt.errors import TargetError
 from tests.targets.oracle import EPSILON, TARGET, close, compiled, reference
 
 pytestmark = pytest.mark.shared
@@ -33,6 +33,7 @@ SLOW = {
     "style_transfer": {"input": (1, 3, 256, 256)},
     "magika": {"bytes": (1, 2048)},
 }
+RECURRENT = {"nsnet2": {"features": (1, 20, 161)}, "gtcrn": {}}
 
 
 def _feeds(made: ir.Model) -> dict[str, np.ndarray]:
@@ -72,8 +73,13 @@ def test_agrees_too(shared_model, name):
     _check(shared_model(name), SLOW[name])
 
 
-@pytest.mark.parametrize("name", ["nsnet2", "gtcrn"])
-def test_recurrent_models_are_refused_by_name(shared_model, name):
-    made = models.load(shared_model(name))
-    with pytest.raises(UnsupportedOperatorError, match=r"TVM cannot import GRU \(node '"):
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_models_agree(shared_model, name):
+    """A product of each step goes into the next, so that rounding adds up over them."""
+    _check(shared_model(name), RECURRENT[name])
+
+
+def test_more_steps_than_are_unrolled_are_refused_by_name(shared_model):
+    made = models.fix_inputs(models.load(shared_model("nsnet2")), {"features": (1, 200, 161)})
+    with pytest.raises(TargetError, match="cannot import GRU: 200 steps"):
         TARGET.lower(made)

@@ -40,6 +40,7 @@ from graphopt.targets.relax import (
     convolution,
     elementwise_operators,
     expansion,
+    index_bounds,
     integer_layers,
     integer_operators,
     normalization,
@@ -425,6 +426,8 @@ class Importer:
             raise _dynamic(node)
         operands = onnx_frontend.onnx_input()
         operands.extend(self._operands(node, inputs))
+        if node.op_type in index_bounds.INDEXED:
+            operands[1] = self._bounded(node, inputs, operands[1])
         repeated: Any = node.attribute
         attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(repeated)
         attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
@@ -443,7 +446,7 @@ class Importer:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 convert = converter_class.get_converter(self.opset)
-                made = convert(self.builder.bb, operands, attributes, [known, {}])
+                made = index_bounds.safe_take(convert(self.builder.bb, operands, attributes, [known, {}]))
                 if isinstance(made, relax.Expr):
                     made = self.builder.bb.normalize(made)
         except (InternalError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError,
@@ -453,6 +456,21 @@ class Importer:
                 return defined
             raise _refused(node, error) from error
         return [self._value_of(node, item) for item in self._items(made, len(node.output))]
+
+    def _bounded(self, node: onnx.NodeProto, inputs: list[Value | None], operand: Any) -> Any:
+        """The indices of an operator that reads or writes what they say, none of them out of range."""
+        data, indices = inputs[0], inputs[1]
+        if data is None or indices is None or not data.shape or indices.shape is None:
+            return operand
+        attributes = {a.name: a.i for a in node.attribute}
+        bounds = index_bounds.extents(
+            node.op_type, data.shape, indices.shape, attributes.get("axis", 0), attributes.get("batch_dims", 0)
+        )
+        if indices.const is None:
+            return index_bounds.clipped(self.builder, operand, bounds, indices.dtype)
+        if not index_bounds.within(indices.const, bounds):
+            raise _refused(node, "a constant index is out of range")
+        return operand
 
     def _operands(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Any]:
         """In ONNX's element types; as they are stored where elements only move."""
