@@ -205,10 +205,14 @@ class ShapeFacts:
             return None
         axes = range(len(starts)) if operands[2] is None else operands[2]
         steps = [1] * len(starts) if operands[3] is None else operands[3]
+        if not len(starts) == len(ends) == len(axes) == len(steps):
+            return None
         sizes = list(data)
         for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
             whole = sizes[axis] if isinstance(axis, int) and -len(sizes) <= axis < len(sizes) else None
-            if not isinstance(whole, int) or not all(isinstance(n, int) for n in (start, end, step)) or step == 0:
+            if not isinstance(whole, int) or not all(isinstance(n, int) for n in (start, end, step)):
+                return None
+            if step == 0 or whole < 0:
                 return None
             sizes[axis] = len(range(*slice(start, end, step).indices(whole)))
         return tuple(sizes)

@@ -325,7 +325,7 @@ def tensor_values(model: ModelProto, rng: Random) -> None:
         return
     try:
         array = numpy_helper.to_array(tensor).copy()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):  # the last: an unknown type
         return
     if not array.size or array.dtype.kind not in "fiu":
         return

@@ -120,3 +120,19 @@ def test_recurrent_layers_and_ranges():
     found = {v.name: facts.shape(v) for node in model.graph for v in node.outputs}
     s, n = Dim.named("S"), Dim.named("N")
     assert (found["y"], found["h"], found["r"]) == ((s, 2, n, 4), (2, n, 4), (s,))
+
+
+@pytest.mark.parametrize(
+    ("length", "starts", "ends"),
+    [(-5, [0], [3]), (7, [0, 1], [3]), (7, [0], [3, 4])],
+    ids=["negative", "longer", "shorter"],
+)
+def test_a_slice_that_makes_no_sense_decides_nothing(length, starts, ends):
+    """Operands of different lengths, or of something of a negative size: files may say that."""
+    x = ir.Value(name="x", shape=ir.Shape([length]), type=ir.TensorType(ir.DataType.FLOAT))
+    operands = [
+        ir.Value(name=n, const_value=ir.tensor(np.array(v, np.int64), name=n)) for n, v in (("s", starts), ("e", ends))
+    ]
+    y = ir.node("Slice", [x, *operands])
+    graph = ir.Graph([x], y.outputs, nodes=[y], initializers=operands, opset_imports={"": 17})
+    ShapeFacts(ir.Model(graph, ir_version=8))
