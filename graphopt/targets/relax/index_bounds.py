@@ -45,5 +45,6 @@ def safe_take(made: Any) -> Any:
     from tvm import relax
 
     if isinstance(made, relax.Call) and made.op == tvm.ir.Op.get("relax.take"):
-        return relax.op.take(made.args[0], made.args[1], made.attrs.axis, mode="clip")
+        attributes: Any = made.attrs
+        return relax.op.take(made.args[0], made.args[1], attributes.axis, mode="clip")
     return made
