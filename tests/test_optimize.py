@@ -257,6 +257,7 @@ def test_run_bench_compare_and_inspect_on_the_command_line(tmp_path, model):
     assert cli("doctor").returncode == 0
 
 
+@pytest.mark.long
 def test_pruned_split_and_quantized_in_one_pipeline(tmp_path):
     """Passes that change shapes and names of layers, before one that layers are returned to float from."""
     digits = Path(__file__).resolve().parent.parent / "examples" / "digits"

@@ -98,6 +98,7 @@ def test_the_recipe_replays_what_was_delivered_without_a_search(found, home, mon
         assert models.digest(models.load(home / "again" / "model.onnx")) == delivered
 
 
+@pytest.mark.long
 def test_a_search_goes_on_where_it_was_interrupted(found, home, monkeypatch):
     monkeypatch.setenv("GRAPHOPT_CACHE", str(home / "cache"))
     (notes,) = (home / "cache" / "searches").iterdir()
@@ -117,6 +118,7 @@ def test_a_search_goes_on_where_it_was_interrupted(found, home, monkeypatch):
     assert set(made) <= {t.pipeline for t in found.report.search.trials if t.within_bound}  # only to race
 
 
+@pytest.mark.long
 def test_size_is_an_objective_too(home, monkeypatch):
     monkeypatch.setenv("GRAPHOPT_CACHE", str(home / "cache"))
     result = graphopt.optimize(
