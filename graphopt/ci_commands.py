@@ -18,6 +18,7 @@ from graphopt.ci.figures import fraction
 from graphopt.ci.history_page import history_page, sparkline
 from graphopt.ci.plan import FILE, read_plan
 from graphopt.console import STDERR, STDOUT, ConsoleProgress
+from graphopt.whole_files import write_whole
 
 CONFIG = click.option("--config", type=click.Path(path_type=Path), default=FILE, show_default=True)
 ONLY = click.option("--only", multiple=True, metavar="MODEL", help="This model alone; may be given again.")
@@ -63,9 +64,9 @@ def run(config, only, no_build, require_base, allow_inconclusive, trust, commit,
         progress=progress,
         on_outcome=told,
     )
-    _write(plan.report / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    _write(plan.report / "report.md", markdown(report))
-    _write(plan.report / "junit.xml", junit(report))
+    write_whole(plan.report / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    write_whole(plan.report / "report.md", markdown(report))
+    write_whole(plan.report / "junit.xml", junit(report))
     entries = [outcome.entry for outcome in report.outcomes if outcome.entry is not None]
     if plan.history is not None and entries:
         histories.append(plan.history, entries)
@@ -161,7 +162,7 @@ def history(file, cases, min_change, output, format_, verbose) -> int:
     kept = {key: line for key, line in known.items() if not cases or key[0] in cases}
     changes = {key: change_points([e.median_s for e in line], least) for key, line in kept.items()}
     if output is not None:
-        _write(output, history_page(kept, changes))
+        write_whole(output, history_page(kept, changes))
     if format_ == "json":
         click.echo(json.dumps([_plain(key, line, changes[key]) for key, line in kept.items()]))
         return errors.EXIT_DONE
@@ -201,14 +202,3 @@ def _plain(key, line, changes) -> dict:
             for c in changes
         ],
     }
-
-
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise errors.DataError(f"cannot write {path}: {error.strerror or error}") from error

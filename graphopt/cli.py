@@ -29,6 +29,7 @@ from graphopt.report_command import report
 from graphopt.settings import Settings, parse_input, read_pick, read_recipe
 from graphopt.targets_command import targets
 from graphopt.tuning_commands import db, tune
+from graphopt.whole_files import write_whole
 
 FORMAT = click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 THREADS = click.option("--threads", type=int, help="Threads; default: all cores.")
@@ -237,7 +238,7 @@ def bench(models, threads, seconds, data, inputs, seed, trust, format_, output, 
     result = bench_models(models, threads, seconds, data, shapes, seed, ConsoleProgress(quiet), remote, trust)
     content = result.to_dict()
     if output:
-        _write_json(Path(output), content)
+        write_whole(Path(output), json.dumps(content) + "\n")
     if format_ == "json":
         click.echo(json.dumps(content))
         return errors.EXIT_DONE
@@ -410,16 +411,6 @@ group.add_command(package)
 group.add_command(targets)
 group.add_command(farm)
 group.add_command(rpc_server)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        staged.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise errors.DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import graphopt
 PACKAGE = Path(graphopt.__file__).parent
 
 FLOORS = (
-    {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress", "guard", "arrays"},
+    {"errors", "spec", "capabilities", "arm_cores", "gpu_names", "progress", "guard", "arrays",
+     "whole_files"},
     {"checking", "graph", "opsets", "shapes", "model", "external_data", "calibration", "measure"},
     {"passes.base", "targets.base"},
     {"passes", "targets", "runtime", "remote", "verify", "accuracy", "layer_noise", "samples", "inspection",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graphopt.ci.plan import FILE
 from graphopt.errors import DataError, SpecError
+from graphopt.whole_files import write_whole
 
 GITHUB = ".github/workflows/graphopt.yml"
 GITLAB = ".gitlab/graphopt.yml"
@@ -83,14 +84,7 @@ def write_files(files: Mapping[Path, str], force: bool) -> None:
             f"{', '.join(map(str, taken))} exists already: nothing was written", hint="give --force to replace it"
         )
     for path, text in files.items():
-        staged = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(path)
-        except OSError as error:
-            staged.unlink(missing_ok=True)
-            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        write_whole(path, text)
 
 
 def _content(path: Path) -> str | None:

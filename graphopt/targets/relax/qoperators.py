@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph import attribute, constant_of, input_of
+from graphopt.targets.relax.stand_ins import Writer
 
 MICROSOFT = "com.microsoft"
 _STANDARD, _CONTRIB = "", MICROSOFT
@@ -38,12 +39,7 @@ def rewrite(model: ir.Model) -> bool:
         result = rule(writer, node)
         if result is None:
             continue
-        output = node.outputs[0]
-        result.name, result.type, result.shape = output.name, output.type, output.shape
-        output.name = None
-        model.graph.insert_before(node, writer.nodes)
-        output.replace_all_uses_with(result, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        writer.replace(node, result)
         changed = True
     return changed
 
@@ -54,20 +50,14 @@ def _has_other_scales(node: ir.Node) -> bool:
     return bool(dtypes & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN})
 
 
-class _Writer:
-    """Collects the nodes that stand for one operator, named after it."""
-
-    def __init__(self, node: ir.Node):
-        self.name = node.name or node.outputs[0].name or node.op_type
-        self.nodes: list[ir.Node] = []
+class _Writer(Writer):
+    """Knows the operators between bytes and real numbers."""
 
     def add(self, op_type: str, inputs: list[ir.Value | None], attributes: dict | None = None) -> ir.Value:
+        """Without the last operands where these are None."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        made = ir.node(op_type, inputs, attributes or {}, name=f"{self.name}/{op_type}_{len(self.nodes)}")
-        made.outputs[0].name = f"{self.name}/{op_type}_{len(self.nodes)}_output"
-        self.nodes.append(made)
-        return made.outputs[0]
+        return self.emit(op_type, inputs, attributes)
 
     def real(self, data, scale, zero, axis: int = 1) -> ir.Value:
         """The dequantized form of a value."""

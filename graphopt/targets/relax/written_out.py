@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from graphopt import graph as g
 from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.targets.relax.stand_ins import Writer
 
 
 def rewrite(model: ir.Model) -> None:
@@ -34,40 +35,27 @@ def rewrite(model: ir.Model) -> None:
         result = rule(writer, node)
         if result is None:
             continue
-        output = node.outputs[0]
-        result.name, result.type, result.shape = output.name, output.type, output.shape
-        output.name = None
-        model.graph.insert_before(node, writer.nodes)
-        output.replace_all_uses_with(result, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        writer.replace(node, result)
 
 
 _FLOAT = ir.DataType.FLOAT
 
 
-class _Writer:
-    """Collects the nodes that stand for one operator, labelled after it; shapes are followed by hand."""
+class _Writer(Writer):
+    """Takes arrays and numbers for operands; shapes are followed by hand."""
 
     def __init__(self, node: ir.Node, opset: int):
-        self.name = g.label(node)
+        super().__init__(node)
         self.opset = opset
-        self.nodes: list[ir.Node] = []
 
     def add(self, op_type: str, *inputs: ir.Value | np.ndarray | float, **attributes) -> ir.Value:
-        operands = [self._operand(x) for x in inputs]
-        made = ir.node(op_type, operands, attributes, name=f"{self.name}/{op_type}_{len(self.nodes)}")
-        made.outputs[0].name = f"{self.name}/{op_type}_{len(self.nodes)}_output"
-        self.nodes.append(made)
-        return made.outputs[0]
+        return self.emit(op_type, [self._operand(x) for x in inputs], attributes)
 
     def _operand(self, x: ir.Value | np.ndarray | float) -> ir.Value:
         if isinstance(x, ir.Value):
             return x
         array = np.asarray(x, np.float32) if not isinstance(x, np.ndarray) else x
-        made = ir.node("Constant", [], {"value": ir.tensor(array)}, name=f"{self.name}/Constant_{len(self.nodes)}")
-        made.outputs[0].name = f"{self.name}/Constant_{len(self.nodes)}_output"
-        self.nodes.append(made)
-        return made.outputs[0]
+        return self.emit("Constant", [], {"value": ir.tensor(array)})
 
     def mean(self, x: ir.Value, axes: list[int]) -> ir.Value:
         if self.opset >= 18:
