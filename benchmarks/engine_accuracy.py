@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Top-1 of the INT8 artifacts' model.onnx in ONNX Runtime, without its optimisations, and in OpenVINO.
 
-    python benchmarks/engine_accuracy.py OUT          # the folder that results.py wrote; needs openvino
+    python benchmarks/engine_accuracy.py OUT          # the folder that every_model.py wrote; needs openvino
 
-Judged on what the calibration draw of results.py held out. Artifacts that carry a float model are left out.
+Judged on what the calibration draw of every_model.py held out. Artifacts that carry a float model are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphopt.calibration import load_dataset
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 CALIBRATION_SAMPLES, SEED = 200, 0
-"""What results.py gives to `graphopt optimize`."""
+"""What every_model.py gives to `graphopt optimize`."""
 
 
 def main() -> None:
