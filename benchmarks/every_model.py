@@ -115,7 +115,7 @@ def cells(name: str, preset: str, run: Mapping[str, Any]) -> list[str]:
         f"{source['nodes']} → {nodes}",
         f"{source['file_bytes'] / 1e6:.2f} → {run['model_bytes'] / 1e6:.2f}",
         _figure(run),
-        _right(chosen, variant),
+        _right(chosen, variant, source["accuracy"]),
         str(floats) if floats else "-",
         choice["candidate"] + parts,
         "{:.2f}x [{:.2f}, {:.2f}]".format(*chosen["speedup"]),
@@ -130,15 +130,18 @@ def _figure(run: Mapping[str, Any]) -> str:
     return "; ".join(before + [f"{value:.4g} {unit}" for unit, value in run["against"].items()])
 
 
-def _right(chosen: Mapping[str, Any], variant: Mapping[str, Any] | None) -> str:
+def _right(chosen: Mapping[str, Any], variant: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> str:
     """Against what the delivered candidate was held: rounding, or the bound on accuracy."""
     if variant is None:
         return "the input model"
     if variant["name"] != "exact":
-        accuracy, drop = chosen["accuracy"], variant["drop"]
-        if accuracy is None or drop is None:
+        accuracy = chosen["accuracy"]
+        if accuracy is None:
             return "not judged"
-        return f"{accuracy['value']:.1f} dB" if accuracy["metric"] == "snr" else f"{drop:.2f} points lost"
+        if accuracy["metric"] == "snr":
+            return f"{accuracy['value']:.1f} dB"
+        lost = (100.0 if before is None else before["value"]) - accuracy["value"]
+        return f"{lost:.2f} points lost"
     errors = chosen["errors"] or variant["errors"]
     if not errors:
         return "nothing changed"

@@ -6,8 +6,9 @@ Equation
 
 Applies when
     1. Conv, Gemm, and MatMul with a constant float32 matrix on the right: DequantizeLinear with `block_size` (opset
-       21, to which the model is raised) before the operator. Blocks lie along K of a matrix and along C/group of a
-       Conv, or along its whole row (C/group kH kW) with a Reshape behind: see `block_quantization/layout.py`.
+       21, to which the model is raised) before the operator. Blocks lie along K of a matrix, which is stored as (K, N),
+       and along C/group of a Conv, or along its whole row (C/group kH kW) with a Reshape behind: see
+       `block_quantization/layout.py`.
     2. Gemm and MatMul with form=matmulnbits: ONNX Runtime's com.microsoft.MatMulNBits takes the operator's place.
     3. bits=mixed: the layers that 4 bits harm most keep 8, a scale an output channel: by the noise at the outputs
        that each byte saves, until `min_snr_db` is reached or another would leave less than `min_ratio`.
@@ -19,10 +20,10 @@ Refuses when
     is excluded; the opset cannot be raised to 21 (then form=auto still writes MatMulNBits).
 
 Speed
-    Weight-only: fewer bytes to store and to read. ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul by
-    itself, and then rounds activations to 8 bits unless its session option `session.qdq_matmulnbits_accuracy_level`
-    says otherwise; form=matmulnbits computes in float32 unless `accuracy_level` says otherwise. The weights of Conv,
-    and of Gemm with a bias or transposed, it dequantizes anew in each run, which costs time.
+    Weight-only: fewer bytes to store and to read. ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul or
+    Gemm by itself, and then rounds activations to 8 bits unless its session option
+    `session.qdq_matmulnbits_accuracy_level` says otherwise; form=matmulnbits computes in float32 unless
+    `accuracy_level` says otherwise. The weights of Conv it dequantizes anew in each run, which costs time.
 
 With quantize-int8
     Layers stored in 4 bits before quantize-int8 runs are left alone by it, and their inputs stay float where float

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,8 +114,12 @@ def test_what_the_engine_computes_with_is_what_the_stored_bytes_mean(layer, bloc
     read = str(reader.inputs[1].name)  # pyright: ignore[reportOptionalMemberAccess]
     feeds = oracle.random_feeds(model, {}, seed)
     y, engine = oracle.run(exposed(result.model, read), feeds)
-    reference = dequantized(node).reshape(weights.shape)
-    np.testing.assert_array_equal(engine, reference)
+    means = dequantized(node)
+    (call,) = [n for n in model.graph if n.op_type == reader.op_type]
+    turned = attribute(call, "transB", 0) > attribute(reader, "transB", 0)
+    assert attribute(reader, "transB", 0) == 0
+    reference = means.T if turned else means.reshape(weights.shape)
+    np.testing.assert_array_equal(engine, means if turned else reference)
     # and that is the layer, with these weights in the place of its own
     plain = model.clone()
     plain.graph.initializers[name].const_value = ir.Tensor(reference, name=name)
@@ -148,13 +153,28 @@ def test_matmulnbits_holds_the_same_numbers(depth, columns, block, symmetric, ge
     weights = unpacked(node)
     (dequantize,) = [n for n in standard.model.graph if n.op_type == "DequantizeLinear"]
     reference = dequantized(dequantize)
-    np.testing.assert_array_equal(weights, reference.T if shape[0] == columns and gemm and not biased else reference)
+    np.testing.assert_array_equal(weights, reference)
     bias = array_of(contrib.model.graph.initializers["b"]) if gemm and biased else np.zeros(columns, np.float32)
     # rows of the identity read the weights out: every other product is an exact zero
     y = oracle.run(contrib.model, {"x": np.eye(depth, dtype=np.float32)})[0]
     steps = np.abs(np.repeat(array_of(node.inputs[2]).reshape(columns, -1), block, 1)[:, :depth].T)
     slack = 0
     np.testing.assert_allclose(y, weights + bias, rtol=0, atol=slack * 64 * UNIT * (steps + np.abs(bias)).max())
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [("MatMul(x, w)", (200, 24)), ("Gemm(x, w, b)", (200, 24)), ("Gemm<transB=1>(x, w, b)", (24, 200))],
+)
+def test_onnxruntime_multiplies_by_the_4_bits_themselves(call, shape, tmp_path):
+    bias = {"b": (24,)} if "b)" in call else {}
+    model = build(f"(float[N,200] x) => (float[N,24] y) {{ y = {call} }}", 5, w=shape, **bias)
+    models.save(quantize(model, method="nearest").model, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    assert [node.op_type for node in models.load(tmp_path / "optimized.onnx").graph] == ["MatMulNBits"]
 
 
 def unpacked(node: ir.Node) -> np.ndarray:

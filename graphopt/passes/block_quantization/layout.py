@@ -4,7 +4,7 @@ DequantizeLinear with `axis` and `block_size` gives every `block_size` consecuti
 last block may be shorter. Cases:
 
 1. A row has no more taps than a block: one scale a row, as DequantizeLinear without `block_size` along the channels.
-2. Gemm, MatMul: blocks along K, of the matrix as it is stored.
+2. Gemm, MatMul: blocks along K, of the matrix as it is stored. (`write` turns that of a Gemm with transB around.)
 3. Conv whose weights (M, C/group, kH, kW) can be blocked along C/group with at most a quarter more scales than along
    the whole row: axis 1, every place of the kernel by itself. (Always so for 1x1, and where C/group is a multiple.)
 4. Other Conv: stored as a matrix (M, C/group kH kW) with blocks along axis 1; a Reshape follows DequantizeLinear.

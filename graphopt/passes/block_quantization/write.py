@@ -16,16 +16,27 @@ CONTRIB = "com.microsoft"
 
 
 def write_dequantize(inserter: Inserter, each: WeightLayer, done: Quantized) -> None:
-    """Put the layer's weights behind DequantizeLinear (and a Reshape, for blocks along a whole row of a Conv)."""
+    """Put the layer's weights behind DequantizeLinear (and a Reshape, for blocks along a whole row of a Conv).
+
+    A Gemm's transposed weights (N, K) are stored as (K, N): engines have a product for blocks along the first axis, and
+    would dequantize the others anew in each run.
+    """
     where, base = done.layout, weight_name(each)
+    turned = each.node.op_type == "Gemm" and attribute(each.node, "transB", 0) == 1
+
+    def arranged(stored: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(stored.T) if turned else stored
+
     kind = ml_dtypes.uint4 if done.is_unsigned else ml_dtypes.int4 if done.bits == 4 else np.int8
+    integers = arranged(where.integers(done.integers)).astype(kind)
     inputs = [
-        inserter.constant(f"{base}_q", where.integers(done.integers).astype(kind)),
-        inserter.constant(f"{base}_scale", where.by_block(done.grid.scales)),
+        inserter.constant(f"{base}_q", integers),
+        inserter.constant(f"{base}_scale", arranged(where.by_block(done.grid.scales))),
     ]
     if done.is_unsigned:
-        inputs.append(inserter.constant(f"{base}_zero", where.by_block(done.grid.zeros).astype(kind)))
-    dequantize = inserter.node("DequantizeLinear", inputs, base, ir.DataType.FLOAT, where.stored, where.axis)
+        inputs.append(inserter.constant(f"{base}_zero", arranged(where.by_block(done.grid.zeros)).astype(kind)))
+    axis = 1 - where.axis if turned else where.axis
+    dequantize = inserter.node("DequantizeLinear", inputs, base, ir.DataType.FLOAT, integers.shape, axis)
     if where.size:
         dequantize.attributes.add(ir.AttrInt64("block_size", where.size))
     added = [dequantize]
@@ -41,6 +52,8 @@ def write_dequantize(inserter: Inserter, each: WeightLayer, done: Quantized) -> 
     for reader in (each.node, *each.sharers):
         reader.name = label(reader)
         reader.replace_input_with(each.layer.weight_index, added[-1].outputs[0])
+        if turned:
+            reader.attributes.pop("transB", None)
 
 
 def write_matmulnbits(inserter: Inserter, each: WeightLayer, done: Quantized, block: int, accuracy_level: int) -> None:
