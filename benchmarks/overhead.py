@@ -27,7 +27,8 @@ from onnx import TensorProto, helper
 
 import graphopt
 from graphopt.runtime import artifact
-from graphopt.runtime.tvm_engine import TvmEngine, aligned_empty, available_processors, set_threads
+from graphopt.runtime.entry_point import aligned_empty
+from graphopt.runtime.tvm_engine import TvmEngine, available_processors, set_threads
 from graphopt.targets.cpu import Cpu
 
 CHAIN = 33
@@ -122,7 +123,7 @@ def main() -> None:
         engine = TvmEngine(Path(folder) / artifact.COMPILED, threads)
         rows.append(("empty call, artifact", least_us(lambda: opened.run(feeds))))
         rows.append(("empty call, engine", least_us(lambda: engine.run(feeds))))
-        machine, tensors = engine._main, [slot.tensor for slot in engine._inputs]
+        machine, tensors = engine._machine["main"], [slot.tensor for slot in engine._entry.slots]
         rows.append(("empty call, virtual machine", least_us(lambda: machine(*tensors))))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -15,8 +15,9 @@ from graphopt.libraries import Library
 from graphopt.report import Report
 from graphopt.report.front import front_plot, pareto
 from graphopt.report.html import to_html
-from graphopt.runtime.artifact import COMPILED, HYBRID, MODEL, write_manifest
+from graphopt.runtime.artifact import COMPILED, GENERAL, HYBRID, MODEL, write_manifest
 from graphopt.settings import Settings
+from graphopt.sizes.build import SizedLibrary
 from graphopt.variants import Source
 from graphopt.verify import Feeds
 
@@ -38,15 +39,24 @@ def write_artifact(
     libraries: Sequence[Library],
     report: Report,
     measured: Mapping[str, Any] | None,
+    sized: SizedLibrary | None = None,
 ) -> None:
     """Fill `folder` with the chosen candidate and the evidence; `measured` is what the choice rests on, None where
-    nothing could be measured; `libraries` what a processor tries in turn."""
-    models.save(chosen.variant.model if chosen.variant is not None else source.model, folder / MODEL)
+    nothing could be measured; `libraries` what a processor tries in turn; `sized` a library for several sizes, which
+    takes the place of what was chosen for one."""
+    by_sizes = sized is not None and sized.path is not None
+    variant = sized.variant if sized is not None and by_sizes else chosen.variant
+    models.save(variant.model if variant is not None else source.model, folder / MODEL)
+    if sized is not None and sized.path is not None:
+        shutil.copytree(sized.path, folder / COMPILED)
+        libraries = ()
+        if sized.by_input:
+            models.save(source.model, folder / GENERAL)
     placed = []
     for index, library in enumerate(libraries):
         placed.append({"folder": f"{COMPILED}-{index}" if index else COMPILED, "target": library.record.target})
         shutil.copytree(library.path, folder / placed[-1]["folder"])
-    if chosen.record.engine == "hybrid":
+    if chosen.record.engine == "hybrid" and not by_sizes:
         shutil.copytree(chosen.path, folder / HYBRID)
     written = report.to_dict()
     (folder / REPORT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
@@ -63,14 +73,17 @@ def write_artifact(
     signature = models.signature(source.model)
     tuning = chosen.record.tuning or {}
     manifest = {
-        "engine": chosen.record.engine,
-        "variant": chosen.record.variant,
+        "engine": "tvm" if by_sizes else chosen.record.engine,
+        "sizes": by_sizes,
+        "variant": "input" if variant is None else variant.record.name,
         "precision": chosen.record.precision,
         "target": settings.target,
-        "libraries": placed,
-        "parts": [{"engine": p.engine, "nodes": p.nodes, "why": p.why} for p in chosen.record.parts],
+        "libraries": [{"folder": COMPILED, "target": settings.target}] if by_sizes else placed,
+        "parts": [
+            {"engine": p.engine, "nodes": p.nodes, "why": p.why} for p in (() if by_sizes else chosen.record.parts)
+        ],
         "measured": {"where": report.place.get("label"), "unit": unit, "timed": unit == "seconds"},
-        "pipeline": chosen.variant.record.pipeline if chosen.variant is not None else "",
+        "pipeline": variant.record.pipeline if variant is not None else "",
         "signature": {
             "inputs": [_tensor(s) for s in signature.inputs],
             "outputs": [_tensor(s) for s in signature.outputs],
@@ -84,7 +97,7 @@ def write_artifact(
         },
     }
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    write_manifest(folder, manifest, [n for n in names if n.startswith((MODEL, COMPILED, f"{HYBRID}/"))])
+    write_manifest(folder, manifest, [n for n in names if n.startswith((MODEL, GENERAL, COMPILED, f"{HYBRID}/"))])
 
 
 def _tensor(spec: models.TensorSpec) -> dict[str, Any]:

@@ -125,6 +125,12 @@ def group() -> None:
 @click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost. [default: 1.0]")
 @click.option("--min-snr", type=float, help="dB; the bound where outputs are not classes. [default: 20]")
 @INPUT
+@click.option(
+    "--sizes",
+    multiple=True,
+    metavar="DIM=SIZES",
+    help="Dynamic dimensions that stay dynamic: sequence=4..256, 'batch=1,8 sequence=64,128'. See docs/sizes.md.",
+)
 @THREADS
 @click.option("--engine", type=click.Choice(["auto", "tvm", "onnxruntime"]), help="[default: auto, the fastest]")
 @click.option(
@@ -144,6 +150,7 @@ def optimize(
     config: str | None,
     pick: int | None,
     inputs: tuple[str, ...],
+    sizes: tuple[str, ...],
     format_: str,
     quiet: bool,
     verbose: bool,
@@ -158,6 +165,8 @@ def optimize(
     given = {k: v for k, v in {**options, "model": model, "eval": eval_}.items() if v is not None}
     if inputs:
         given["inputs"] = dict(parse_input(text) for text in inputs)
+    if sizes:
+        given["sizes"] = sizes
     settings = _settings(given, _recipe(config, pick))
     progress = ConsoleProgress(quiet)
 
@@ -210,6 +219,8 @@ def _settings_table(settings: Settings, target: Any) -> Table:
         value = getattr(settings, f.name)
         if f.name == "inputs":
             value = " ".join(f"{name}:{','.join(map(str, shape))}" for name, shape in value.items()) or None
+        if f.name == "sizes":
+            value = "; ".join(settings.sizes) or None
         table.add_row(f.name.replace("_", "-"), Text("-" if value is None else str(value)))
     for key, value in target.capabilities.describe().items():
         table.add_row(f"target: {key}", value)

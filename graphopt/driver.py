@@ -41,7 +41,10 @@ from graphopt.report import DataRecord, Report, SourceRecord
 from graphopt.runtime.artifact import Artifact, load
 from graphopt.search import search
 from graphopt.settings import Settings
+from graphopt.sizes.build import make_sized
+from graphopt.sizes.plan import SizePlan
 from graphopt.targets.base import Target
+from graphopt.targets.llvm import LlvmTarget
 from graphopt.variants import Bound, Data, Judge, Source, Variant, make_variants
 from graphopt.verify import Feeds, Reference
 
@@ -73,7 +76,8 @@ def optimize(
     """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
 
     `options` are the fields of `Settings`: preset, objective, search_seconds, calib, calib_samples, eval, preprocess,
-    max_drop, min_snr, inputs, threads, engine, precision, remote, tune_seconds, measure_seconds, seed, overwrite.
+    max_drop, min_snr, inputs, sizes, threads, engine, precision, remote, tune_seconds, measure_seconds, seed,
+    overwrite.
 
     Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
     TargetError (failure), DeviceError (a remote device cannot be reached or was lost). Where the accuracy bound cannot
@@ -110,11 +114,13 @@ def run(
         work = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-")))
         ending.enter_context(place)
         with _timed(report, "load"):
-            source, data = _load(settings, report, work)
+            source, data, plan = _load(settings, report, work)
             rehearse(source.path, settings.inputs, data.samples, work)
             reference = Reference(source.model, data.samples, work)
         with _timed(report, "rewrite"):
             variants = _rewrite(source, pipeline, data, settings, target, reference, report, work, progress, on_pass)
+            if plan is not None:
+                plan.proved(variants[0].model, work)  # refused now, not after an hour
         compiler = Compiler(target, place, settings, reference, data, work, progress)
         if settings.objective is not None:
             with _timed(report, "search"):
@@ -128,6 +134,8 @@ def run(
                 chosen, race = _choose_unmeasured(candidates, compiler, report), None
         with _timed(report, "libraries"):
             libraries = _make_libraries(chosen, targets, source, compiler, report)
+            sized = None if plan is None else make_sized(chosen, variants[0], plan, source, compiler)
+            report.sizes = () if sized is None else sized.records
         if stage is not None:
             with _timed(report, "write"):
                 write_artifact(
@@ -139,6 +147,7 @@ def run(
                     libraries,
                     report,
                     None if race is None else {**_with_reference(race).to_dict(), "delivered": chosen.name},
+                    sized,
                 )
     return Result(report, None if settings.output is None else Path(settings.output))
 
@@ -157,6 +166,8 @@ def _resolve(
     whole = place.completed(target)
     targets, target = tuple(whole if each == target else each for each in targets), whole
     _check_place(settings, place)
+    if settings.sizes and not (place.is_here and len(targets) == 1 and isinstance(target, LlvmTarget)):
+        raise SpecError("--sizes is for one target, this machine's processor", hint="give --input for one size")
     threads = getattr(target, "threads" if place.is_here else "thread_count", None) or os.cpu_count() or 1
     if settings.output is not None:
         check_output(settings.output, settings.overwrite)
@@ -171,7 +182,7 @@ def prepare(settings: Settings, progress: Progress = SILENT) -> tuple[Source, Da
     Raises what `optimize` raises before its first pass.
     """
     settings, _, _, target, _ = _resolve(settings, None)
-    source, data = _load(settings, Report(settings=dataclasses.asdict(settings), environment={}))
+    source, data, _ = _load(settings, Report(settings=dataclasses.asdict(settings), environment={}))
     context = Context(target.capabilities, data=data.calibration, seed=settings.seed, progress=progress)
     return source, data, context, Judge.of(source, data.evaluation, _bound(settings), progress)
 
@@ -199,7 +210,7 @@ def _check_place(settings: Settings, place: Place) -> None:
         )
 
 
-def _load(settings: Settings, report: Report, work: Path | None = None) -> tuple[Source, Data]:
+def _load(settings: Settings, report: Report, work: Path | None = None) -> tuple[Source, Data, SizePlan | None]:
     path = Path(settings.model)
     original = models.load(path)
     runnable = path
@@ -208,7 +219,9 @@ def _load(settings: Settings, report: Report, work: Path | None = None) -> tuple
         models.save(original, runnable)
     model = models.fix_inputs(original, settings.inputs)
     source = Source(runnable, model, models.signature(model))
-    data = _load_data(settings, source, report)
+    plan = SizePlan.of(source.signature, settings.sizes) if settings.sizes else None
+    usual = models.fix_inputs(model, plan.input_shapes(plan.middle.largest)) if plan is not None else model
+    data = _load_data(settings, source, models.signature(usual), report)
     report.source = SourceRecord(
         path=str(path),
         sha256=models.file_digest(path),
@@ -221,14 +234,15 @@ def _load(settings: Settings, report: Report, work: Path | None = None) -> tuple
         file_bytes=path.stat().st_size,
         measured_shapes={name: tuple(array.shape) for name, array in data.samples[0].items()},
     )
-    return source, data
+    return source, data, plan
 
 
-def _load_data(settings: Settings, source: Source, report: Report) -> Data:
+def _load_data(settings: Settings, source: Source, usual: models.Signature, report: Report) -> Data:
+    """`usual`: the shapes of made up data."""
     calib = evaluation = None
     if settings.calib == "random":
         count = settings.calib_samples or 32
-        calib = calibration.random_dataset(source.signature, count, settings.seed)
+        calib = calibration.random_dataset(usual, count, settings.seed)
         report.warnings.append(
             "calibrated on RANDOM data: ranges, and so the INT8 model's accuracy, mean nothing; give real data"
         )
@@ -248,7 +262,7 @@ def _load_data(settings: Settings, source: Source, report: Report) -> Data:
     report.calibration, report.evaluation = _describe(calib), _describe(evaluation)
     known = evaluation or calib
     if known is None:
-        feeds = tuple(samples.random_feeds(source.signature, seed) for seed in range(settings.seed, settings.seed + 2))
+        feeds = tuple(samples.random_feeds(usual, seed) for seed in range(settings.seed, settings.seed + 2))
     else:
         wanted = min(VERIFICATION_SAMPLES, len(known))
         feeds = tuple(batch for batch, _ in zip(known.batches(1), range(wanted), strict=False))

@@ -52,6 +52,8 @@ class Settings:
     """dB; the bound for lossy passes where a model's output is not a class."""
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Static shapes by input name."""
+    sizes: tuple[str, ...] = ()
+    """A compiled function for each size, or range of sizes, of dynamic dimensions (`graphopt.sizes.grammar`)."""
     threads: int | None = None
     engine: Engine = "auto"
     precision: Precision = "float32"
@@ -127,7 +129,8 @@ class Settings:
         lines = ["# Replay: graphopt optimize --config recipe.toml -o OUT", "[optimize]"]
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value is None or f.name in ("inputs", "output", "overwrite") or (f.name == "preset" and self.passes):
+            unset = value is None or value == () or (f.name == "preset" and self.passes)
+            if unset or f.name in ("inputs", "output", "overwrite"):
                 continue
             lines.append(f"{f.name} = {_toml(value)}")
         if self.inputs:
@@ -208,6 +211,10 @@ def check_option(what: str, value: Any, hint: Any) -> Any:
         if value not in typing.get_args(hint):
             raise SpecError(f"{what} must be one of {', '.join(typing.get_args(hint))}, not {value!r}")
         return value
+    if origin is tuple:  # sizes
+        if not (isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)):
+            raise SpecError(f"{what} must be a list of strings, not {value!r}")
+        return tuple(value)
     if origin is not None:  # inputs
         if not isinstance(value, dict):
             raise SpecError(f"{what} must be a table of name = [1, 3, 224, 224]")

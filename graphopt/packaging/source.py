@@ -56,7 +56,7 @@ class Source:
 
 def read_source(path: str | os.PathLike[str]) -> Source:
     """Read an artifact folder; its libraries need not run here. Raises ArtifactError: not one, or
-    damaged; TargetError: it is for a GPU, or in parts for two engines."""
+    damaged; TargetError: it is for a GPU, in parts for two engines, or for several sizes."""
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -64,6 +64,11 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         raise TargetError(
             f"{path} runs in parts, on TVM and ONNX Runtime; a package has one engine",
             hint="graphopt.load opens it; or optimize with --engine onnxruntime",
+        )
+    if manifest.get("sizes"):
+        raise TargetError(
+            f"{path} has functions for several sizes; a package is for one",
+            hint="graphopt.load opens it; or optimize with --input",
         )
     libraries = tuple(
         Library(folder / name / LIBRARY, target, read_description(folder / name))

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from graphopt.report import html_tables as tables
-from graphopt.report.formats import size
+from graphopt.report.formats import size, speedup
 from graphopt.report.front import front_plot, pareto
 from graphopt.report.html_latency import latency_plot
 from graphopt.report.html_layers import layer_errors
@@ -156,6 +156,16 @@ def _tuning(outcome: Outcome) -> Html | None:
     return section("Tuning", "tuning", shown) if shown else None
 
 
+def _size_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """With `--sizes`: what runs each, and how it compares with the input model in ONNX Runtime."""
+    found = {}
+    for each in report.get("sizes") or ():
+        speeds = " to ".join(speedup(speed) for speed in each["speedups"])
+        runs = "TVM" if each["status"] == "compiled" else f"ONNX Runtime: {each['reason'] or each['status']}"
+        found[each["sizes"]] = f"{runs} ({speeds})" if speeds else runs
+    return found
+
+
 def _library_facts(report: Mapping[str, Any]) -> dict[str, str]:
     """With several targets: what each library is."""
     return {
@@ -170,6 +180,7 @@ def _conditions(outcome: Outcome) -> Html:
         ("Input model", tables.model_facts(report["source"]) if report.get("source") else None),
         ("Settings", tables.facts(report.get("settings") or {}, "settings")),
         ("Target", tables.facts(report.get("target") or {}, "target")),
+        ("Sizes", tables.facts(_size_facts(report), "size")),
         ("Libraries", tables.facts(_library_facts(report), "library")),
         ("Where candidates ran", tables.facts(report.get("place") or {}, "place")),
         ("Environment", tables.facts(report.get("environment") or {}, "environment")),

@@ -223,6 +223,21 @@ class LibraryRecord:
 
 
 @dataclass(frozen=True)
+class SizeRecord:
+    """What runs inputs of some sizes (`--sizes`)."""
+
+    sizes: str
+    """As on the command line: `batch=1 sequence=33..48`."""
+    status: str
+    """compiled: a function of the library; onnxruntime: that was not faster; wrong, unavailable: there is none."""
+    reason: str = ""
+    speedups: tuple[tuple[float, float, float], ...] = ()
+    """Of the compiled function against the input model in ONNX Runtime, for the smallest size and for the largest (one
+    figure where they are the same): median, and its 95 % interval."""
+    errors: tuple[OutputError, ...] = ()
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which candidate the artifact carries, and why."""
 
@@ -256,6 +271,8 @@ class Report:
     choice: Choice | None = None
     libraries: tuple[LibraryRecord, ...] = ()
     """With several targets: the libraries, in the order in which a processor tries them."""
+    sizes: tuple[SizeRecord, ...] = ()
+    """With `--sizes`: what runs each."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage."""

@@ -41,6 +41,8 @@ def to_text(report: Mapping[str, Any], details: bool = False) -> RenderableType:
     parts += [_parts(record) for record in report["candidates"] if record.get("parts")]
     if report.get("libraries"):
         parts.append(_libraries(report))
+    if report.get("sizes"):
+        parts.append(_sizes(report))
     parts += _conclusion(report)
     return Group(*parts)
 
@@ -184,6 +186,19 @@ def _libraries(report: Mapping[str, Any]) -> RenderableType:
             size(record["size_bytes"] or None),
             Text(note),
         )
+    return table
+
+
+def _sizes(report: Mapping[str, Any]) -> RenderableType:
+    title = "Sizes, compiled, against the input model in ONNX Runtime [95 %]"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("sizes", "speed of the smallest", "of the largest", "run by"):
+        table.add_column(heading, justify="right" if heading.startswith(("speed", "of")) else "left", overflow="fold")
+    for record in report["sizes"]:
+        speeds = [speedup(each) for each in record["speedups"]] or ["-"]
+        compiled = record["status"] == "compiled"
+        runs = "TVM" if compiled else f"ONNX Runtime: {record['reason'] or record['status']}"
+        table.add_row(Text(record["sizes"]), speeds[0], speeds[-1], Text(runs))
     return table
 
 

@@ -17,6 +17,8 @@ from graphopt.runtime import trust as trusts
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 MODEL = "model.onnx"
+GENERAL = "general.onnx"
+"""What ONNX Runtime runs instead of the model where no function of the library is for a size."""
 COMPILED = "compiled"
 HYBRID = "hybrid"
 LIBRARY_FILES = ("model.so", "engine.json")
@@ -29,8 +31,9 @@ class Artifact:
     """A model ready to run: `artifact.run({"x": array}) -> {"y": array}`.
 
     The engine is the one that measured fastest. Of several libraries the first is loaded whose every instruction this
-    processor has. A library compiled by TVM holds for one set of input shapes, and so does a model in parts;
-    calls with other shapes that the model allows (a larger batch, say) go to ONNX Runtime and `model.onnx`.
+    processor has. A library compiled by TVM holds for one set of input shapes, or with `--sizes` for several, and so
+    does a model in parts; calls with other shapes that the model allows (a larger batch, say) go to ONNX Runtime and
+    `model.onnx`, or to the model that came in where that is faster there (`general.onnx`).
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int | None):
@@ -44,7 +47,12 @@ class Artifact:
         self._compiled_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
         self._compiled_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...] = ()
         self._flexible_run: Callable[[Mapping[str, np.ndarray]], Outputs] | None = None
-        if self.engine == "tvm":
+        self._sized_run: Callable[[Mapping[str, np.ndarray]], Outputs | None] | None = None
+        if self.engine == "tvm" and manifest.get("sizes"):
+            from graphopt.runtime.sized_engine import SizedEngine
+
+            self._sized_run = SizedEngine(folder / COMPILED, threads).run_if_held
+        elif self.engine == "tvm":
             from graphopt.runtime.compiled import open_first
 
             folders = {folder / name: target for name, target in library_folders(manifest)}
@@ -80,6 +88,8 @@ class Artifact:
                     break
             else:
                 return self._compiled_run(feeds)
+        elif self._sized_run is not None and (outputs := self._sized_run(feeds)) is not None:
+            return outputs
         self._check(feeds)
         return self._open_flexible()(feeds)
 
@@ -87,7 +97,8 @@ class Artifact:
         if self._flexible_run is None:
             from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
-            self._flexible_run = OnnxRuntimeEngine(self.folder / MODEL, self.threads).run
+            name = GENERAL if GENERAL in self.manifest["files"] else MODEL
+            self._flexible_run = OnnxRuntimeEngine(self.folder / name, self.threads).run
         return self._flexible_run
 
     def _check(self, feeds: Mapping[str, np.ndarray]) -> None:

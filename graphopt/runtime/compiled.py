@@ -9,16 +9,20 @@ from typing import Any
 
 from graphopt.errors import ArtifactError
 from graphopt.runtime import cuda_engine
-from graphopt.runtime.tvm_engine import TvmEngine, check_processor, read_description
+from graphopt.runtime.sized_engine import SizedEngine
+from graphopt.runtime.tvm_engine import SIZED, TvmEngine, check_processor, read_description
 
 
 def open_compiled(folder: str | os.PathLike[str], threads: int | None = None) -> Any:
-    """The engine of a folder: `TvmEngine`, or `CudaEngine`, which has the same methods for running.
+    """The engine of a folder: `TvmEngine`, or `CudaEngine` or `SizedEngine`, which run the same way.
 
     Raises ArtifactError as these do, and TargetError where the folder needs a GPU and there is none.
     """
-    if read_description(Path(folder)).get("device") == cuda_engine.DEVICE:
+    described = read_description(Path(folder))
+    if described.get("device") == cuda_engine.DEVICE:
         return cuda_engine.CudaEngine(folder, threads)
+    if described["format"] == SIZED:
+        return SizedEngine(folder, threads)
     return TvmEngine(folder, threads)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import ArtifactError, DataError
+from graphopt.runtime.entry_point import aligned_empty
 from graphopt.runtime.onnxruntime_part import OnnxRuntimePart
-from graphopt.runtime.tvm_engine import TvmEngine, aligned_empty
+from graphopt.runtime.tvm_engine import TvmEngine
 
 DESCRIPTION = "hybrid.json"
 FORMAT = 1

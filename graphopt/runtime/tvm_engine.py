@@ -11,21 +11,21 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from graphopt.capabilities import host_arch, host_features
-from graphopt.errors import ArtifactError, DataError
+from graphopt.errors import ArtifactError
 from graphopt.runtime import amx_permission
+from graphopt.runtime.entry_point import EntryPoint
 
 LIBRARY = "model.so"
 DESCRIPTION = "engine.json"
-FORMAT = 1
-ALIGNMENT = 64
-"""Bytes: compiled code loads whole vectors from the start of its arguments."""
+FORMAT, SIZED = 1, 2
+"""Of an engine.json with the function `main`, and of one with a function for each of several sizes."""
 SPIN_COUNT = 2000
 """How often an idle worker yields before it sleeps: about half a millisecond, longer than most serial kernels take.
 
@@ -42,44 +42,26 @@ class TvmEngine:
 
     def __init__(self, folder: str | os.PathLike[str], threads: int | None = None):
         self.folder = Path(folder)
-        description = read_description(self.folder)
-        check_processor(description, self.folder)
-        library = self.folder / LIBRARY
-        check_whole(library, description)
+        description = read_description(self.folder, (FORMAT,))
         self.threads = threads or available_processors()
-        _prepare_pool()
-
-        import tvm
-        from tvm.runtime.vm import VirtualMachine
-
-        try:
-            module: Any = load_library(library, description["library_sha256"])
-            processor: Any = tvm.cpu()
-            self._machine = VirtualMachine(module, processor)
-            self._main = self._machine["main"]
-        except (RuntimeError, OSError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"{library} cannot be loaded: {last_line(error)}", hint="build the artifact again"
-            ) from error
-        self._inputs = [_Slot(spec) for spec in description["inputs"]]
-        self._outputs = [str(spec["name"]) for spec in description["outputs"]]
-        self._borrowed: list[bool] | None = None
+        self._machine = open_machine(self.folder, description)
+        self._entry = EntryPoint(self._machine["main"], description["inputs"], description["outputs"])
         self.layer_calls: tuple[tuple[str, str], ...] = tuple((k, layer) for k, layer in description.get("layers", ()))
         """The calls of kernels in a run, in order: the kernel, and the layer whose weights it reads, or ''."""
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by input name."""
-        return {slot.name: slot.shape for slot in self._inputs}
+        return self._entry.input_shapes
 
     @property
     def input_dtypes(self) -> dict[str, np.dtype]:
         """Element type by input name."""
-        return {slot.name: slot.dtype for slot in self._inputs}
+        return self._entry.input_dtypes
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        return tuple(self._outputs)
+        return self._entry.output_names
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute the outputs, by name. They belong to the caller: a later call does not touch them.
@@ -89,23 +71,8 @@ class TvmEngine:
         others are copied. Raises DataError for a missing or unknown input, a wrong shape, or an element type that
         does not convert without loss.
         """
-        if getattr(_pool, "threads", None) != self.threads:
-            set_threads(self.threads)
-        arguments = [slot.tensor_of(feeds) for slot in self._inputs]
-        if len(feeds) != len(self._inputs):
-            unknown = sorted(set(feeds) - {slot.name for slot in self._inputs})
-            raise DataError(
-                f"the model has no input {unknown[0]!r}", hint=f"its inputs: {', '.join(self.input_shapes)}"
-            )
-        tensors = self._tensors(self._main(*arguments))
-        if self._borrowed is None:
-            again = self._tensors(self._main(*arguments))
-            self._borrowed = _borrowed(tensors, again, arguments)
-        outputs = {}
-        for name, tensor, borrowed in zip(self._outputs, tensors, self._borrowed, strict=True):
-            array = np.from_dlpack(tensor)  # an older numpy makes it read-only
-            outputs[name] = array.copy() if borrowed or not array.flags.writeable else array
-        return outputs
+        use_threads(self.threads)
+        return self._entry.run(feeds)
 
     def watch(self, function: Any) -> None:
         """Have TVM call `function` before and after each call of a kernel, for as long as the engine lives.
@@ -114,70 +81,28 @@ class TvmEngine:
         """
         self._machine.set_instrument(function)
 
-    def _tensors(self, result: Any) -> Any:
-        return [result] if len(self._outputs) == 1 and hasattr(result, "numpy") else result
 
+def open_machine(folder: Path, description: Mapping[str, Any]) -> Any:
+    """TVM's virtual machine with the library of `folder`, whose engine.json is `description`.
 
-def _borrowed(first: Any, second: Any, arguments: list[Any]) -> list[bool]:
-    """Which outputs are not memory of their own; `first` and `second` are the results of two calls, both alive.
-
-    A memory that both calls gave is the library's: a constant. One that lies in an argument is the caller's, and two
-    outputs may be views of one memory. What code does for one set of shapes, it does at every call.
+    Raises ArtifactError: missing or damaged, or of instructions that this processor lacks.
     """
-    taken = [_span(tensor) for tensor in (*arguments, *second)]
-    found = []
-    for tensor in first:
-        begin, end = _span(tensor)
-        found.append(any(begin < other_end and other_begin < end for other_begin, other_end in taken))
-        taken.append((begin, end))
-    return found
+    check_processor(description, folder)
+    library = folder / LIBRARY
+    check_whole(library, description)
+    _prepare_pool()
 
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
 
-def _span(tensor: Any) -> tuple[int, int]:
-    """First address of a tensor, and the one after its last."""
-    array = np.from_dlpack(tensor)
-    return array.ctypes.data, array.ctypes.data + array.nbytes
-
-
-class _Slot:
-    """One input, and a tensor of its own for feeds that the compiled code cannot read where they lie."""
-
-    def __init__(self, spec: Mapping[str, Any]):
-        import tvm_ffi
-
-        self.name = str(spec["name"])
-        self.shape = tuple(int(d) for d in spec["shape"])
-        self.dtype = np.dtype(spec["dtype"])
-        self.copy = aligned_empty(self.shape, self.dtype)
-        self.tensor: Any = tvm_ffi.from_dlpack(self.copy)
-        self._as_tensor: Any = tvm_ffi.from_dlpack
-
-    def tensor_of(self, feeds: Mapping[str, np.ndarray]) -> Any:
-        """The feed as a tensor: a view where that is possible, else a copy."""
-        array = feeds.get(self.name)
-        if array is None:
-            raise DataError(f"input {self.name!r} is missing")
-        array = np.asarray(array)
-        if array.shape != self.shape:
-            raise DataError(f"input {self.name!r} has shape {list(array.shape)}, the model takes {list(self.shape)}")
-        if array.dtype == self.dtype:
-            flags = array.flags
-            if flags.c_contiguous and flags.writeable and array.dtype.isnative:
-                view = self._as_tensor(array)
-                if view.data_ptr() % ALIGNMENT == 0:
-                    return view
-        elif not np.can_cast(array.dtype, self.dtype, "same_kind"):
-            raise DataError(f"input {self.name!r} is {array.dtype}, the model takes {self.dtype}")
-        np.copyto(self.copy, array, casting="same_kind")
-        return self.tensor
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that starts at a multiple of 64 bytes: as an input it is read without a copy."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + size].view(dtype).reshape(shape)
+    try:
+        module: Any = load_library(library, description["library_sha256"])
+        processor: Any = tvm.cpu()
+        return VirtualMachine(module, processor)
+    except (RuntimeError, OSError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{library} cannot be loaded: {last_line(error)}", hint="build the artifact again"
+        ) from error
 
 
 _loaded: dict[str, str] = {}
@@ -218,6 +143,12 @@ _pool = threading.local()
 """`threads`: what the calling thread's pool is set to. TVM has one pool a thread, shared by all engines in it."""
 
 
+def use_threads(threads: int) -> None:
+    """`set_threads`, where the calling thread's pool is set to another number."""
+    if getattr(_pool, "threads", None) != threads:
+        set_threads(threads)
+
+
 def set_threads(threads: int) -> None:
     """How many threads of TVM's pool work for the calling thread; 0: all processors."""
     _prepare_pool()
@@ -237,7 +168,7 @@ def library_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path, formats: Collection[int] = (FORMAT, SIZED)) -> dict[str, Any]:
     """The content of an engine.json. Raises ArtifactError: missing, unreadable, damaged, of another format."""
     path = folder / DESCRIPTION
     try:
@@ -246,11 +177,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is missing", hint="is this an artifact that TVM compiled?") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", hint="build the artifact again") from error
-    wanted = {"format", "arch", "features", "library_sha256", "inputs", "outputs"}
-    if not isinstance(description, dict) or not wanted <= set(description):
+    if not isinstance(description, dict) or not {"format", "arch", "features", "library_sha256"} <= set(description):
         raise ArtifactError(f"{path} is damaged", hint="build the artifact again")
-    if description["format"] != FORMAT:
-        raise ArtifactError(f"{path} has format {description['format']}, this graphopt reads {FORMAT}")
+    if description["format"] not in formats:
+        read = " or ".join(map(str, formats))
+        raise ArtifactError(f"{path} has format {description['format']}, this reads {read}")
+    if not ({"inputs", "outputs"} if description["format"] == FORMAT else {"entries"}) <= set(description):
+        raise ArtifactError(f"{path} is damaged", hint="build the artifact again")
     return description
 
 

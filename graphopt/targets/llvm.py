@@ -245,19 +245,39 @@ class LlvmTarget(Target):
 
     def build(self, lowered: Lowered, folder: Path) -> tuple[str, ...]:
         """Compile with the decisions that `tune` made; writes model.so and engine.json. Raises TargetError."""
+        from graphopt.runtime import tvm_engine
+
+        lowered = cast(LoweredModel, lowered)
+        described = self._compiled({"main": lowered}, Path(folder))
+        return self._written({"format": tvm_engine.FORMAT, **described, **_entry_description(lowered)}, Path(folder))
+
+    def build_sized(self, lowered: Mapping[str, Lowered], folder: Path, sizes: Mapping[str, Any]) -> tuple[str, ...]:
+        """`build` of one model for several sizes of its dimensions, as one library; `lowered` by the names of its
+        functions, the same as in `sizes`, which is a `SizePlan` as JSON has it. Raises TargetError."""
+        from graphopt.runtime import tvm_engine
+
+        models = {name: cast(LoweredModel, each) for name, each in lowered.items()}
+        described = self._compiled(models, Path(folder))
+        entries = [
+            {"function": name, "sizes": sizes["entries"][name], **_entry_description(each)}
+            for name, each in models.items()
+        ]
+        shared = {key: value for key, value in sizes.items() if key != "entries"}
+        return self._written({"format": tvm_engine.SIZED, **described, **shared, "entries": entries}, Path(folder))
+
+    def _compiled(self, models: Mapping[str, LoweredModel], folder: Path) -> dict[str, Any]:
+        """Write the library; returns what engine.json says of it, whatever functions it has."""
         from tvm.error import InternalError
 
         from graphopt.runtime import tvm_engine
         from graphopt.targets.relax import executable
 
-        lowered = cast(LoweredModel, lowered)
-        folder = Path(folder)
         try:
             guard.at("generating machine code")
             library = folder / tvm_engine.LIBRARY
             fresh = folder / f".{tvm_engine.LIBRARY}.new"  # never write into a file that may be mapped
             planned = executable.export(
-                self.scheduled(lowered),
+                {name: self.scheduled(each) for name, each in models.items()},
                 self.tvm_target(),
                 fresh,
                 arch=self.arch,
@@ -269,22 +289,21 @@ class LlvmTarget(Target):
             raise compile_error(error) from error
         except OSError as error:
             raise TargetError(f"cannot write {folder}: {error.strerror or error}") from error
-        described = {
-            "format": tvm_engine.FORMAT,
+        return {
             "arch": self.arch,
             "mcpu": self.llvm_cpu,
             "features": sorted(self.features),
             "tvm": TVM_PIN,
             "threads": self.thread_count,
             "precision": self.precision,
-            "tiles": lowered.tiles,
+            "tiles": any(each.tiles for each in models.values()),
             "planned_bytes": planned,
-            "layers": [list(call) for call in lowered.layers],
-            "decisions": {name: list(chosen) for name, chosen in sorted(lowered.decisions.items())},
             "library_sha256": tvm_engine.library_digest(library),
-            "inputs": list(lowered.inputs),
-            "outputs": list(lowered.outputs),
         }
+
+    def _written(self, described: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+        from graphopt.runtime import tvm_engine
+
         (folder / tvm_engine.DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         return tvm_engine.LIBRARY, tvm_engine.DESCRIPTION
 
@@ -322,6 +341,16 @@ class LlvmTarget(Target):
                 choice = schedules.choices(workload)[0]
             kernels[name] = schedules.schedule(workload, choice)
         return pipeline.with_kernels(lowered.module, kernels)
+
+
+def _entry_description(lowered: LoweredModel) -> dict[str, Any]:
+    """What engine.json says of one function of a library."""
+    return {
+        "layers": [list(call) for call in lowered.layers],
+        "decisions": {name: list(chosen) for name, chosen in sorted(lowered.decisions.items())},
+        "inputs": list(lowered.inputs),
+        "outputs": list(lowered.outputs),
+    }
 
 
 def tensor_descriptions(module, names, outputs):

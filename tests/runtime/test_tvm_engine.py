@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import ArtifactError, DataError
-from graphopt.runtime import tvm_engine
+from graphopt.runtime import entry_point, tvm_engine
 from graphopt.runtime.tvm_engine import TvmEngine
 from graphopt.targets.cpu import Cpu
 from tests.targets.oracle import TARGET, model, node, uniform
@@ -61,7 +61,7 @@ def test_feeds_may_be_strided_or_narrower(built):
 
 
 def _aligned(array):
-    found = tvm_engine.aligned_empty(array.shape, array.dtype)
+    found = entry_point.aligned_empty(array.shape, array.dtype)
     found[...] = array
     return found
 
@@ -81,7 +81,7 @@ def test_feeds_are_left_alone_wherever_they_lie(built, place):
 
 
 def test_an_aligned_feed_is_read_where_it_lies(built):
-    slot = TvmEngine(built, 1)._inputs[0]
+    slot = TvmEngine(built, 1)._entry.slots[0]
     aligned = _aligned(uniform(1, 2, 3))
     assert slot.tensor_of({"x": aligned}).data_ptr() == aligned.ctypes.data
     locked = _aligned(uniform(1, 2, 3))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm.runtime.vm import VirtualMachine
 
 from graphopt.errors import TargetError
 from graphopt.targets import schedules
@@ -47,6 +50,28 @@ def test_threads_do_not_change_the_library(tmp_path):
         module = TARGET.scheduled(TARGET.lower(made))
         executable.export(module, TARGET.tvm_target(), tmp_path / f"{jobs}.so", arch=ARCH, jobs=jobs)
     assert (tmp_path / "1.so").read_bytes() == (tmp_path / "3.so").read_bytes()
+
+
+def test_several_functions_share_their_constants(tmp_path):
+    """One for each batch, in one library: each right, and the weights are there once."""
+    weights = {"w": uniform(1, 3000, 64) / 50}
+    product = [node("MatMul", ["x", "w"], ["y"])]
+    made = {n: model(product, {"x": uniform(0, n, 3000)}, ["y"], weights) for n in (2, 3, 9)}
+    modules = {f"of_{n}": TARGET.scheduled(TARGET.lower(each)) for n, each in made.items()}
+    sizes = {}
+    for names in (["of_2"], list(modules)):
+        library = tmp_path / f"{len(names)}.so"
+        chosen = {name: modules[name] for name in names}
+        executable.export(chosen, TARGET.tvm_target(), library, arch=ARCH, jobs=2)
+        sizes[len(names)] = library.stat().st_size
+    assert sizes[3] < 2 * sizes[1]
+    loaded: Any = tvm.runtime.load_module(str(tmp_path / "3.so"))
+    processor: Any = tvm.cpu()
+    machine = VirtualMachine(loaded, processor)
+    for n, each in made.items():
+        x = uniform(n, n, 3000)
+        found = machine[f"of_{n}"](tvm.runtime.tensor(x)).numpy()
+        close({"y": found}, reference(each, {"x": x}), 1e-4)
 
 
 def test_a_model_that_computes_nothing_runs():

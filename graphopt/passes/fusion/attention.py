@@ -8,8 +8,10 @@ of k, or none; the mask any value added to the scores. Where all three come as (
 for groups of heads of q (by Tile or Expand of a new axis behind the heads, both alike) are not repeated any more.
 
 Conditions: float32; H and D known; the shape of the mask proven to be (.., S of q, S of k), or (.., 1, S of k), which
-is repeated for all rows (ONNX Runtime wants that), once for the whole model; softmax over the last axis. A row whose
-mask is -inf throughout gives zeros, where the original gives NaN.
+is repeated for all rows (ONNX Runtime wants that), once for the whole model; softmax over the last axis. A row that is
+masked throughout is the mean of all values, where masks are large numbers; ONNX Runtime's operator takes the lowest
+float32 for -inf then, and gives zeros, so what callers say of masks is kept above it. A row whose mask is -inf
+throughout is finite, where the original gives NaN.
 Reference: Vaswani et al., Attention Is All You Need, NeurIPS 2017, section 3.2.1; Ainslie et al., GQA, EMNLP 2023.
 """
 
@@ -28,6 +30,8 @@ from graphopt.shapes.dimensions import Size
 
 ANCHORS = ("Softmax",)
 OPSET = 23
+LOWEST = -3e38
+"""Just above the lowest float32."""
 _SWAP = (0, 2, 1, 3)
 
 
@@ -231,6 +235,22 @@ def _mask_rows(view: View, mask: ir.Value | None, q: _Heads, k: _Heads) -> bool 
     return False if shape[-2] == rows else True if shape[-2] == 1 else None
 
 
+def _is_told(mask: ir.Value) -> bool:
+    """Whether a mask depends on what callers feed, not only on sizes: then it may leave nothing of a row."""
+    waiting, seen = [mask], {mask}
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None:
+            if value.is_graph_input():
+                return True
+        elif not g.is_onnx(node, "Shape", "Size"):
+            fresh = [v for v in node.inputs if v is not None and v not in seen]
+            seen.update(fresh)
+            waiting += fresh
+    return False
+
+
 @dataclass(frozen=True)
 class _Attention:
     """All that the operator needs."""
@@ -267,6 +287,11 @@ class _Attention:
 
     def _mask(self, writer: Writer) -> ir.Value | None:
         mask, shared = self.scores.mask, self.view.shared
+        if mask is not None and _is_told(mask):
+            key = ("finite", mask)
+            if key not in shared:
+                shared[key] = writer.node("Max", [mask, writer.constant("lowest", np.array(LOWEST, np.float32))])
+            mask = shared[key]
         if mask is None or not self.one_row:
             return mask
         rows = self.q.shape(self.view)[1]

@@ -8,31 +8,43 @@ half the time. Bytecode and constants go into the library as they are (`blob_obj
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from graphopt.targets.relax import blob_object, concat_in_place, link
+from graphopt.targets.relax.pipeline import kernels_renamed
+
+MAIN = "main"
+"""What a module's function is called that runs the model."""
 
 
-def export(module, target, library: Path, *, arch: str, jobs: int, in_place: bool = True) -> int:
-    """Compile a scheduled module on `jobs` threads and write the shared library. Returns the bytes that a run takes
-    for values between kernels.
+def export(
+    module: Any | Mapping[str, Any], target, library: Path, *, arch: str, jobs: int, in_place: bool = True
+) -> int:
+    """Compile a scheduled module on `jobs` threads and write the shared library. Returns the most bytes that a run
+    takes for values between kernels.
 
-    `in_place`: concatenations without a copy. Raises what TVM raises where a kernel cannot be compiled, TargetError
-    where linking fails, OSError where files cannot be written.
+    Several modules, given by the name that each one's `main` is to have, become one library; constants that they have
+    in common are stored once. `in_place`: concatenations without a copy. Raises what TVM raises where a kernel cannot
+    be compiled, TargetError where linking fails, OSError where files cannot be written.
     """
+    import tvm
     import tvm_ffi
     from tvm import relax
     from tvm.relax import vm_build
 
     linked: Any = vm_build._ffi_api
+    entries = dict(module) if isinstance(module, Mapping) else {MAIN: module}
+    planned, rest = 0, tvm.IRModule()
     with compiling_for(target):
         builder = relax.ExecBuilder()
-        made = lowered(module, target, in_place)
-        planned = planned_bytes(made)
-        rest = vm_build._vmcodegen(builder, made)
+        for entry, each in entries.items():
+            made = lowered(each if entry == MAIN else kernels_renamed(each, entry), target, in_place)
+            planned = max(planned, planned_bytes(made))
+            rest.update(vm_build._vmcodegen(builder, _entered_by(made, entry)))
     with tempfile.TemporaryDirectory(prefix="graphopt-build-") as folder:
         built = compile_kernels(rest, target, Path(folder), jobs)
         # The program must import one compiled module, or its loader does not look for kernels in its own library.
@@ -42,6 +54,22 @@ def export(module, target, library: Path, *, arch: str, jobs: int, in_place: boo
         blob_object.write(packed(program).numpy(), arch, constants)
         link.link_shared(library, [*(path for _, path in built), str(constants)], arch)
     return planned
+
+
+def _entered_by(module, entry: str):
+    """The lowered module, its function `main` by another name."""
+    import tvm
+
+    if entry == MAIN:
+        return module
+    old = module.get_global_var(MAIN)
+    functions = {
+        (tvm.ir.GlobalVar(entry) if gvar == old else gvar): (
+            func.with_attr("global_symbol", entry) if gvar == old else func
+        )
+        for gvar, func in module.functions_items()
+    }
+    return tvm.IRModule(functions)
 
 
 def planned_bytes(module) -> int:

@@ -114,9 +114,40 @@ def repack_constants(module, kernels: Mapping[str, Kernel]):
         changed = relax.Call(call.op, [callee, relax.Tuple(arguments), *call.args[2:]], call.attrs, call.ty_args)
         return relax.VarBinding(binding.var, changed)
 
-    main = module["main"]
-    blocks = [type(block)([rebound(binding) for binding in block.bindings]) for block in main.body.blocks]
     functions = dict(module.functions_items())
-    body = relax.SeqExpr(blocks, main.body.body)
-    functions[module.get_global_var("main")] = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
+    functions[module.get_global_var("main")] = _rebound(module["main"], rebound)
     return tvm.IRModule(functions)
+
+
+def kernels_renamed(module, suffix: str):
+    """The module with `_suffix` behind the name of each kernel, so that it may share a library with others."""
+    import tvm
+    from tvm import relax, tirx
+    from tvm.relax import expr
+
+    fresh: dict[Any, Any] = {}
+    for gvar, func in module.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            fresh[gvar] = tvm.ir.GlobalVar(f"{gvar.name_hint}_{suffix}")
+            expr._update_type(fresh[gvar], gvar.ty)
+
+    def rebound(binding: Any) -> Any:
+        call: Any = binding.value
+        if not isinstance(call, relax.Call) or not call.args or call.args[0] not in fresh:
+            return binding
+        changed = relax.Call(call.op, [fresh[call.args[0]], *call.args[1:]], call.attrs, call.ty_args)
+        return relax.VarBinding(binding.var, changed)
+
+    main = module.get_global_var("main")
+    functions = {fresh.get(gvar, gvar): func for gvar, func in module.functions_items()}
+    functions[main] = _rebound(module["main"], rebound)
+    return tvm.IRModule(functions)
+
+
+def _rebound(function, change):
+    """A Relax function with each of its bindings as `change` makes it."""
+    from tvm import relax
+
+    blocks = [type(block)([change(binding) for binding in block.bindings]) for block in function.body.blocks]
+    body = relax.SeqExpr(blocks, function.body.body)
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
