@@ -71,9 +71,7 @@ def _graphopt(passes: str, checked: bool = False):
     pipeline = Pipeline.parse(passes)
 
     def run(source: str, target: str) -> None:
-        import onnx_ir as ir
-
-        model = models.load(source) if checked else ir.load(Path(source).absolute())
+        model = models.load(source) if checked else models.read(source)
         if checked:  # as `graphopt optimize` runs them: on a copy, ONNX's checker after each
             model, _ = pipeline.run(model, Context())
         else:

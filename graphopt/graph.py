@@ -24,7 +24,7 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     found = node.attributes.get("value")
     if found is None:
         return ir.convenience.get_const_tensor(value)  # value_int and the like: a tensor of its own
-    return None if found.is_ref() else found.as_tensor()
+    return None if found.is_ref() else found.value  # `as_tensor` checks a protocol, which is slow
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:

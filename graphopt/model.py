@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.checking import check_apart, check_file, first_line
 from graphopt.errors import ModelError, nearest
 from graphopt.external_data import bring_inside, check_tensors
-from graphopt.graph import tensor_of
+from graphopt.graph import collection_paused, tensor_of
 from graphopt.opsets import for_onnxruntime
 from graphopt.shapes.inferred import inferred_shapes
 from graphopt.shapes.onnx_inference import as_inferred, infer_shapes, without_large
@@ -109,7 +109,8 @@ def _opened(path: str | os.PathLike[str]) -> ir.Model:
     if file.stat().st_size == 0:
         raise ModelError(f"{path} is empty, not an ONNX file")
     try:
-        model = _read(file, str(path))
+        with collection_paused():
+            model = _read(file, str(path))
     except google.protobuf.message.DecodeError:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated") from None
     except (ValueError, TypeError, OSError, ir.serde.SerdeError) as error:
@@ -134,6 +135,8 @@ def _read(file: Path, what: str) -> ir.Model:
 
 def _check_text(message: google.protobuf.message.Message, what: str) -> None:
     """Names are UTF-8: protobuf reads others, as bytes, and refuses to write them. Raises ModelError."""
+    if isinstance(message, onnx.NodeProto) and _is_text(message):
+        return
     for field, content in message.ListFields():
         if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
             continue
@@ -142,6 +145,16 @@ def _check_text(message: google.protobuf.message.Message, what: str) -> None:
                 raise ModelError(f"{what} is not a valid ONNX model: a {field.name} in it is no UTF-8: {each[:40]!r}")
             if not isinstance(each, str):
                 _check_text(each, what)
+
+
+def _is_text(node: onnx.NodeProto) -> bool:
+    """Whether all text of a node is known to be; most nodes are settled by this, without going through their fields."""
+    texts = [node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output]
+    for attribute in node.attribute:
+        if attribute.type not in (onnx.AttributeProto.INT, onnx.AttributeProto.INTS, onnx.AttributeProto.FLOAT):
+            return False
+        texts += attribute.name, attribute.ref_attr_name, attribute.doc_string
+    return not node.metadata_props and all(type(text) is str for text in texts)
 
 
 def _with_sparse(model: ir.Model, proto: onnx.ModelProto) -> ir.Model:

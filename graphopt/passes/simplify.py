@@ -146,7 +146,9 @@ def constants_from_inputs(model: ir.Model) -> int:
 
 def _remove_unused(model: ir.Model) -> int:
     before = len(model.graph)
-    common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    if any(not v.uses() and not v.is_graph_output() for node in model.graph.all_nodes() for v in node.outputs):
+        common.RemoveUnusedNodesPass()(model)
+    if model.functions:
+        common.RemoveUnusedFunctionsPass()(model)
     g.remove_unused_initializers(model.graph)
     return before - len(model.graph)
