@@ -99,7 +99,7 @@ def compare(which: Classifier, draw: str, lossy: str, max_drop: float, peers: bo
         f"| {which.name} | {draw} | {float_top1:.3f} | "
         f"{'-' if theirs is None else f'{float_top1 - top1(theirs):.3f}'} | {plain_drop:.3f} | {seconds:.0f} | "
         f"{drop:.3f}{'' if met else ' (bound missed)'} | {time.perf_counter() - started:.0f} | "
-        f"{', '.join(f'{r.node} {r.gain_db:+.1f} dB' for r in returned) or 'none'} |",
+        f"{', '.join(f'{r.node} {r.snr_db:.1f} dB' for r in returned) or 'none'} |",
         flush=True,
     )
 

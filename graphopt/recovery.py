@@ -1,7 +1,8 @@
 """Returning layers to float when 8 bits cost too much accuracy.
 
-1. Rank: what the outputs gain in signal-to-noise when one layer alone goes back to float, on a few calibration
-   samples. That is cheap, and says what no accuracy on a few samples could.
+1. Rank: the noise at the outputs when one layer alone is in 8 bits, on a few calibration samples. That is cheap, and
+   says what no accuracy on a few samples could. (What the outputs gain when one layer alone goes back to float would
+   say nothing where two layers do as much harm each: without either, the other's noise is still there.)
 2. Search: the accuracy of the model without its k most harmful layers, for k = 1, 2, 4, ... until the bound holds, then
    bisection between the last that failed and the first that held. So the number of full evaluations grows with the
    logarithm of the number of layers, and what is returned was itself evaluated.
@@ -30,10 +31,10 @@ BuildVariant = Callable[[tuple[str, ...]], ir.Model]
 
 @dataclass(frozen=True)
 class Returned:
-    """A layer that went back to float, and the dB the outputs gain when it does so alone."""
+    """A layer that went back to float, and the outputs' signal-to-noise ratio when it alone is in 8 bits."""
 
     node: str
-    gain_db: float
+    snr_db: float
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,21 @@ def rank_layers(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> tuple[Returned, ...]:
-    """`layers` by what returning each alone to float gains the outputs, most first.
+    """`layers` by the noise that each makes when the others are float, most first.
 
     `build_variant(excluded)` makes the quantized model with these nodes left float; `reference` is the float model.
-    The gain is 10 log10 of the noise energy before over after, on `samples` of `dataset`, the worst output's.
+    The signal-to-noise ratio is taken on `samples` of `dataset`, the worst output's, in dB.
     """
     drawn, _ = dataset.draw(min(samples, len(dataset)), seed)
     wanted = _outputs(reference, drawn)
-    before = _noise(wanted, _outputs(build_variant(()), drawn))
     found: list[Returned] = []
     with progress.task("rank layers by the noise they add", len(layers)) as advance:
         for layer in layers:
-            after = _noise(wanted, _outputs(build_variant((layer,)), drawn))
-            gain = min((_ratio_db(b, a) for b, a in zip(before, after, strict=True)), default=0.0)
-            found.append(Returned(layer, gain))
+            alone = _outputs(build_variant(tuple(other for other in layers if other != layer)), drawn)
+            ratios = [_ratio_db(signal, noise) for signal, noise in zip(wanted, alone, strict=True)]
+            found.append(Returned(layer, min(ratios, default=math.inf)))
             advance(1)
-    return tuple(sorted(found, key=lambda returned: -returned.gain_db))
+    return tuple(sorted(found, key=lambda returned: returned.snr_db))
 
 
 def recover(
@@ -165,11 +165,8 @@ def _outputs(model: ir.Model, dataset: Dataset) -> list[np.ndarray]:
     return [column.astype(np.float64) for column in columns if column.dtype.kind == "f"]
 
 
-def _noise(wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> list[float]:
-    return [float(np.square(a - b).sum()) for a, b in zip(wanted, got, strict=True)]
-
-
-def _ratio_db(before: float, after: float) -> float:
-    if after == 0.0:
-        return 0.0 if before == 0.0 else math.inf
-    return -math.inf if before == 0.0 else 10 * math.log10(before / after)
+def _ratio_db(wanted: np.ndarray, got: np.ndarray) -> float:
+    signal, noise = float(np.square(wanted).sum()), float(np.square(wanted - got).sum())
+    if noise == 0.0:
+        return math.inf
+    return -math.inf if signal == 0.0 else 10 * math.log10(signal / noise)
