@@ -4,8 +4,12 @@
    says what no accuracy on a few samples could. (What the outputs gain when one layer alone goes back to float would
    say nothing where two layers do as much harm each: without either, the other's noise is still there.)
 2. Search: the accuracy of the model without its k most harmful layers, for k = 1, 2, 4, ... until the bound holds, then
-   bisection between the last that failed and the first that held. So the number of full evaluations grows with the
-   logarithm of the number of layers, and what is returned was itself evaluated.
+   bisection between the last that failed and the first that held.
+3. Put back: of these k not all are needed: two layers may share the value that does the harm, and all between them in
+   the ranking came along. Halves, quarters, ... of them go back to 8 bits where the bound still holds.
+
+The number of full evaluations grows with the logarithm of the number of layers, and what is returned was itself
+evaluated.
 
 Which layers suffer is measured, never assumed: first and last layers have no privilege.
 """
@@ -47,7 +51,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The model within the bound with the fewest ranked layers in float; `met` False: the best that was found."""
+    """The model within the bound with few layers in float; `met` False: the best that was found."""
 
     excluded: tuple[Returned, ...]
     model: ir.Model
@@ -119,39 +123,61 @@ def recover(
     max_drop: float,
     progress: Progress = SILENT,
 ) -> Recovery:
-    """Return the first few of `ranked` to float, as few as keep the accuracy lost within `max_drop`.
+    """Return the first few of `ranked` to float, as few as keep the accuracy lost within `max_drop`, and of these only
+    as many as are needed.
 
     `build_variant(excluded)` makes the model with these nodes left float; `evaluate` gives the points it loses.
     """
-    trials: dict[int, float] = {}
-    models: dict[int, ir.Model] = {}
+    trials: dict[tuple[Returned, ...], float] = {}
+    models: dict[tuple[Returned, ...], ir.Model] = {}
 
-    def try_prefix(count: int) -> bool:
-        if count not in trials:
-            model = build_variant(tuple(returned.node for returned in ranked[:count]))
-            trials[count] = evaluate(model)
-            progress.note(f"{count} of {len(ranked)} layers in float: {trials[count]:.3f} points lost")
-            best = min(trials, key=lambda k: (_excess(trials[k], max_drop), k))
-            if best == count:  # only the best is kept in memory
+    def holds(excluded: tuple[Returned, ...]) -> bool:
+        if excluded not in trials:
+            model = build_variant(tuple(returned.node for returned in excluded))
+            trials[excluded] = evaluate(model)
+            progress.note(f"{len(excluded)} of {len(ranked)} layers in float: {trials[excluded]:.3f} points lost")
+            best = min(trials, key=lambda each: (_excess(trials[each], max_drop), len(each)))
+            if best == excluded:  # only the best is kept in memory
                 models.clear()
-                models[count] = model
-        return trials[count] <= max_drop + 1e-9
+                models[excluded] = model
+        return trials[excluded] <= max_drop + 1e-9
 
-    failed, held = -1, 0
-    while not try_prefix(held):
-        failed = held
-        if held == len(ranked):
-            break
-        held = min(len(ranked), max(1, 2 * held))
-    while trials[held] <= max_drop + 1e-9 and held - failed > 1:
-        middle = (failed + held) // 2
-        if try_prefix(middle):
-            held = middle
-        else:
-            failed = middle
+    ranked = tuple(ranked)
+    count = _shortest(len(ranked), lambda k: holds(ranked[:k]))
+    if count is not None:
+        _put_back(ranked[:count], holds)
     best, model = next(iter(models.items()))
-    record = tuple(Trial(count, drop) for count, drop in trials.items())
-    return Recovery(tuple(ranked[:best]), model, trials[best], trials[best] <= max_drop + 1e-9, record)
+    record = tuple(Trial(len(excluded), drop) for excluded, drop in trials.items())
+    return Recovery(best, model, trials[best], trials[best] <= max_drop + 1e-9, record)
+
+
+def _shortest(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The least k that holds, as far as doubling and bisection find it; None where not even `most` does."""
+    failed, held = -1, 0
+    while not holds(held):
+        failed = held
+        if held == most:
+            return None
+        held = min(most, max(1, 2 * held))
+    while held - failed > 1:
+        middle = (failed + held) // 2
+        failed, held = (failed, middle) if holds(middle) else (middle, held)
+    return held
+
+
+def _put_back(excluded: tuple[Returned, ...], holds: Callable[[tuple[Returned, ...]], bool]) -> None:
+    """Try to do without parts of `excluded`, the least harmful first; the last of all is known to be needed."""
+    tries = 2 * len(excluded).bit_length()
+    size = (len(excluded) - 1) // 2 or 1
+    while size and len(excluded) > 1:
+        for end in range(len(excluded) - 1, 0, -size):
+            if tries == 0:
+                return
+            tries -= 1
+            rest = excluded[: max(0, end - size)] + excluded[end:]
+            if holds(rest):
+                excluded = rest
+        size //= 2
 
 
 def _excess(drop: float, max_drop: float) -> float:

@@ -40,8 +40,22 @@ def test_the_least_prefix_is_found_in_logarithmically_many_evaluations(needed):
     found = recover(blank, RANKED, lambda model: 0.5 if count(model) >= needed else 2.0, 1.0)
     assert found.met and found.drop == 0.5
     assert found.nodes == tuple(f"n{i}" for i in range(needed)) and count(found.model) == needed
-    assert len(found.trials) <= 2 * math.ceil(math.log2(29)) + 2
+    assert len(found.trials) <= 4 * math.ceil(math.log2(29)) + 2
     assert {t.excluded: t.drop for t in found.trials}[needed] == 0.5
+
+
+@given(st.sets(st.integers(0, 27), min_size=1, max_size=3))
+def test_what_came_along_goes_back_to_8_bits(needed):
+    wanted = {f"n{i}" for i in needed}
+
+    def lost(model: ir.Model) -> float:
+        return 0.5 if wanted <= set((model.doc_string or "").split(",")) else 2.0
+
+    found = recover(blank, RANKED, lost, 1.0)
+    assert found.met and lost(found.model) == 0.5 and wanted <= set(found.nodes)
+    assert list(found.nodes) == sorted(found.nodes, key=lambda name: int(name[1:]))
+    along = max(needed) + 1 - len(needed)
+    assert len(found.nodes) - len(needed) <= max(1, along // 2), "at least half of what came along"
 
 
 def test_when_nothing_helps_the_best_is_returned_and_says_so():

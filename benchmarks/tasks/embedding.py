@@ -12,8 +12,8 @@ from tasks.pictures import all_pictures, spread, stretched
 
 CALIBRATE, JUDGE, COMPARE = 64, 64, 200
 MAX_DROP = "10"
-"""Points. Without labels `graphopt optimize` takes 512 outputs for classes and asks for the same largest one, which in an
-embedding often is nearly a tie; what counts is the cosine below."""
+"""Points. Without labels `graphopt optimize` takes 512 outputs for classes and asks for the same largest one, which in
+an embedding often is nearly a tie; what counts is the cosine below."""
 
 
 @dataclass(frozen=True)
