@@ -125,9 +125,9 @@ def _onnxruntime(level: str):
 
 TOOLS = {
     "simplify": lambda: _graphopt("simplify"),
-    "exact": lambda: _graphopt("simplify,fold-batch-norm,fuse-operators"),
+    "exact": lambda: _graphopt("standard-operators,simplify,fold-batch-norm,fuse-operators"),
     "simplify checked": lambda: _graphopt("simplify", True),
-    "exact checked": lambda: _graphopt("simplify,fold-batch-norm,fuse-operators", True),
+    "exact checked": lambda: _graphopt("standard-operators,simplify,fold-batch-norm,fuse-operators", True),
     "onnxsim": _onnxsim,
     "onnxslim": _onnxslim,
     "onnxscript": _onnxscript,

@@ -18,10 +18,10 @@ from graphopt.passes.base import Context, Fidelity, Pass, Skip
 from graphopt.verify import OutputError, Reference, check_structure
 
 PRESETS: Mapping[str, str] = {
-    "exact": "simplify,fold-batch-norm,fuse-operators",
-    "int8": "simplify,fold-batch-norm,fuse-operators,quantize-int8",
-    "int4": "simplify,fold-batch-norm,fuse-operators,quantize-int4{exclude_types=[Conv]}",
-    "auto": "simplify,fold-batch-norm,fuse-operators,quantize-int8",
+    "exact": "standard-operators,simplify,fold-batch-norm,fuse-operators",
+    "int8": "standard-operators,simplify,fold-batch-norm,fuse-operators,quantize-int8",
+    "int4": "standard-operators,simplify,fold-batch-norm,fuse-operators,quantize-int4{exclude_types=[Conv]}",
+    "auto": "standard-operators,simplify,fold-batch-norm,fuse-operators,quantize-int8",
 }
 """Named pipelines. `exact` computes the same function; `int8` adds post-training quantization, `int4` weights of
 matrix products in 4 bits; from the former `auto` searches for the settings of all layers."""

@@ -22,6 +22,7 @@ from graphopt.targets.base import Target
 BUILTIN_PASSES = {
     "simplify": "graphopt.passes.simplify:Simplify",
     "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
+    "standard-operators": "graphopt.passes.standard_operators:StandardOperators",
     "fuse-operators": "graphopt.passes.fuse_operators:FuseOperators",
     "remove-dead-channels": "graphopt.passes.remove_dead_channels:RemoveDeadChannels",
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
