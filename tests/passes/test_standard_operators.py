@@ -152,7 +152,7 @@ def test_attention(opset, mask, causal, seed, scale):
     """With a bias: without one ONNX Runtime 1.31 crashes."""
     batch, steps, width, heads = 2, 5, 12, 3
     rng = np.random.default_rng(seed)
-    feeds = {"x": _normal(seed, batch, steps, width)}
+    feeds: dict[str, np.ndarray] = {"x": _normal(seed, batch, steps, width)}
     constants = {"w": _normal(1, width, 3 * width) / 3, "b": _normal(2, 3 * width)}
     proto = _model("Attention", feeds, constants, ["y"], opset, num_heads=heads, unidirectional=int(causal))
     if scale:
@@ -172,7 +172,7 @@ def test_attention(opset, mask, causal, seed, scale):
 def test_multi_head_attention(bias, mask, added, cross, seed):
     batch, queries, keys, width, heads = 2, 4, 6 if cross else 4, 12, 2
     rng = np.random.default_rng(seed)
-    feeds = {"q": _normal(seed, batch, queries, width)} | {
+    feeds: dict[str, np.ndarray] = {"q": _normal(seed, batch, queries, width)} | {
         n: _normal(seed + i, batch, keys, width) for i, n in enumerate("kv", 1)
     }
     proto = _model("MultiHeadAttention", feeds, {}, ["y"], num_heads=heads)
