@@ -17,6 +17,11 @@ Applies when
     4. MaxPool, Reshape, Flatten, Transpose, Squeeze, Unsqueeze, Slice, Gather, Expand, Split, DepthToSpace,
        SpaceToDepth, Identity between such values: one scale before and after.
 
+Outliers
+    Where LayerNormalization, RMSNormalization, Gelu or Swish make what a Gemm or MatMul reads, and a few of its
+    features reach much further than the others, these are divided by a factor and the weights that read them
+    multiplied by it, where that halves the predicted noise (MiniLM: 24 dB instead of 20).
+
 Refuses when
     weights or bias are computed or may be overridden by the caller, are not float32 or not finite; the node is
     excluded; ConvTranspose and recurrent layers (no 8-bit kernel in ONNX Runtime); the opset is older than 13 and
@@ -63,6 +68,7 @@ from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.excluded import require_nodes
 from graphopt.passes.quantization.insert import Inserter
 from graphopt.passes.quantization.opset import raise_opset
+from graphopt.passes.quantization.outliers import scale_outliers
 from graphopt.passes.quantization.placement import Placement, place
 from graphopt.passes.quantization.ranges import Encoding, encode_family
 from graphopt.passes.quantization.rounding import round_layers
@@ -90,6 +96,9 @@ class QuantizeInt8(Pass):
     """Whether a channel's largest weights may saturate: mse where that lowers the squared error of its weights."""
     correct_bias: Literal["auto", "true", "false"] = "auto"
     """Whether biases take back the mean error of rounded weights; auto: with every rounding but nearest."""
+    outliers: Literal["scale", "keep"] = "scale"
+    """scale: features of a LayerNormalization or Gelu that reach much further than the others are scaled down before
+    the products that read them, whose weights take the factor."""
     exclude: tuple[str, ...] = ()
     """Names of nodes to leave float (of a nameless node: its first output)."""
     exclude_types: tuple[str, ...] = ()
@@ -113,6 +122,11 @@ class QuantizeInt8(Pass):
         missing = [n for n in self.observes(raised) if n not in context.statistics]
         if missing:
             raise PassError(f"no calibration statistics for value {missing[0]!r}", hint="give calibration data")
+        statistics = dict(context.statistics)
+        scaled = scale_outliers(raised, placement.layers, statistics) if self.outliers == "scale" else {}
+        if scaled:
+            statistics.update(scaled)
+            placement = self._place(raised)
         unsigned = self.activations == "uint8" or (
             self.activations == "auto" and context.capabilities.activation_dtype == "uint8"
         )
@@ -121,7 +135,7 @@ class QuantizeInt8(Pass):
         graph = raised.graph
         encodings: dict[ir.Value, Encoding] = {}
         for family in placement.families:
-            encoding = encode_family(family, dict(context.statistics), self.calibration, self.percentile, dtype)
+            encoding = encode_family(family, statistics, self.calibration, self.percentile, dtype)
             encodings.update(dict.fromkeys(family.members, encoding))
         inputs = {layer: encodings[layer.input] for layer in placement.layers}
         limit = 64 if reduced else 127
@@ -136,7 +150,8 @@ class QuantizeInt8(Pass):
             inserter.pair(value, encoding)
         remove_unused_initializers(graph)
         note = f"{len(placement.layers)} layers in {'u8' if unsigned else 's8'} x s8, {len(encodings)} values in 8 bits"
-        return PassResult(raised, len(placement.layers), placement.skipped, (note,))
+        notes = (note, f"outliers of {len(scaled)} values scaled down") if scaled else (note,)
+        return PassResult(raised, len(placement.layers), placement.skipped, notes)
 
     def _place(self, model: ir.Model) -> Placement:
         require_nodes(model, self.exclude, self.name)
