@@ -44,6 +44,17 @@ def exp_of(x):
 _LOWEST, _HIGHEST = -87.33654, 88.72283
 
 
+def share_of(x):
+    """exp of a number that is not positive; 0 below -87: denormals slow the next product down."""
+    from tvm import tirx
+
+    def body(x):
+        bounded = tirx.max(_f(-87.0), x)
+        return tirx.Select(x < _f(-87.0), _f(0.0), _let(bounded, _exp_in_range))
+
+    return _let(x, body)
+
+
 def _exp_in_range(x, sign: float = 1.0):
     """exp(sign * x) for |x| small enough that the result is normal: reduce to r = x - n ln 2, polynomial, times 2^n.
 
@@ -195,14 +206,20 @@ def hard_swish_of(x):
     return _let(x, lambda x: x * hard_sigmoid_of(1 / 6, 0.5)(x))
 
 
-def quantize_of(scale: float, zero_point: int, dtype: str) -> Callable:
-    """ONNX QuantizeLinear to an integer of at most 16 bits: divide, round half to even, shift, saturate."""
+def quantize_of(scale: float, zero_point: int, dtype: str, *, divide: bool = True) -> Callable:
+    """ONNX QuantizeLinear to an integer of at most 16 bits: divide, round half to even, shift, saturate.
+
+    Without `divide` by a multiplication, where the reciprocal is a normal number: a tenth of the time with 16 lanes,
+    and another level only where the quotient is within a unit in the last place of a tie.
+    """
     info = np.iinfo(dtype)
+    reciprocal = np.float32(1 / scale) if scale else np.float32(0)
+    divide = divide or not np.finfo(np.float32).tiny <= reciprocal < np.inf
 
     def apply(x):
         from tvm import tirx
 
-        level = x / _f(scale)
+        level = x / _f(scale) if divide else x * _f(float(reciprocal))
         bounded: Any = tirx.max(tirx.min(level, _f(info.max - zero_point)), _f(info.min - zero_point))
         whole: Any = rounding.rounded(bounded)
         return (whole + zero_point if zero_point else whole).astype(dtype)

@@ -19,6 +19,7 @@ from graphopt.targets.relax import (
     elementwise,
     integer_computes,
     integer_layers,
+    normalized,
     views,
 )
 from graphopt.targets.relax.emitters import Inputs, Node, emits
@@ -176,6 +177,12 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
     factor = _scalar(b) if operation == "multiply" else None
     if isinstance(a, views.Strided) and factor is not None and shape == a.shape:
         return a.scaled(factor)
+    if operation == "multiply" and (later := normalized.scaled(builder, a, b)) is not None:
+        return later
+    if operation == "add" and a.sums is not None and a.readers == 1 and b.const is not None and _one_a_channel(b, a):
+        added = a.sums.plus(b.const)
+        if added is not None:
+            return replace(a, sums=added)
     builder.meet(a, b)
     for like in (a, b):
         if not like.is_blocked or (divides and like.has_filler) or not _spans(like, shape):
@@ -189,7 +196,17 @@ def _combine(builder: Builder, operation: str, a: Value, b: Value, divides: bool
                     return Value(shape, a.dtype, joint=joint, block=like.lanes)
             done = builder.combine(operation, left, right)
             return Value(shape, a.dtype, blocked=done, block=like.lanes)
+    if operation == "add" and (waiting := normalized.row_sum(builder, a, b)) is not None:
+        return waiting
     return Value(shape, a.dtype, plain=builder.combine(operation, builder.readable(a), builder.readable(b)))
+
+
+def _one_a_channel(value: Value, like: Value) -> bool:
+    """Whether it is a constant of one number a channel of the picture `like`, or one in all."""
+    if value.const is None or like.shape is None or value.const.ndim > 4:
+        return False
+    shape = (1,) * (4 - value.const.ndim) + value.const.shape
+    return shape in ((1, like.channels, 1, 1), (1, 1, 1, 1))
 
 
 def _are_bytes(*expressions) -> bool:
@@ -248,10 +265,15 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         found = finish(builder, data, factor, int(offset), dtype)
         if found is not None:
             return [found]
+    found = normalized.quantized(data, factor, int(offset), dtype)
+    if found is not None:
+        return [found]
     looked_up = byte_functions.quantized(builder, data, factor, int(offset), dtype) if dtype in computes.BYTES else None
     if looked_up is not None:
         return [looked_up]
-    found = _unary(builder, data, elementwise.quantize_of(factor, int(offset), dtype), "quantize", dtype)
+    divide = not data.is_blocked or data.coded is not None  # what a kernel computed is no number to the last bit
+    quantize = elementwise.quantize_of(factor, int(offset), dtype, divide=divide)
+    found = _unary(builder, data, quantize, "quantize", dtype)
     if (
         dtype == builder.byte_type
         and data.is_image

@@ -33,6 +33,7 @@ from graphopt import guard
 from graphopt.errors import TargetError, UnsupportedOperatorError
 from graphopt.graph import constant_of
 from graphopt.targets.relax import (
+    attention,
     block_weights,
     byte_moves,
     constants,
@@ -61,6 +62,7 @@ from graphopt.targets.relax.form import Form
 from graphopt.targets.relax.values import Builder, Value, element_type
 
 _ = (
+    attention,
     convolution,
     conv_transpose,
     elementwise_operators,
@@ -147,6 +149,8 @@ def prepared(model: ir.Model, form: Form) -> onnx.ModelProto:
         proto = ir.to_proto(quantized)
     if any(node.op_type in written_out.OPERATORS for node in proto.graph.node):
         plain = ir.from_proto(proto)
+        if attention.applies(form):
+            attention.in_rows(plain, form)
         written_out.rewrite(plain)
         proto = ir.to_proto(plain)
     return proto

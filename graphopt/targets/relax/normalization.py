@@ -13,6 +13,7 @@ import numpy as np
 
 from graphopt.targets.relax import elementwise, views
 from graphopt.targets.relax.emitters import Inputs, Node, emits
+from graphopt.targets.relax.normalized import Normalization, Normalized, layer_norm_rows, supported
 from graphopt.targets.relax.values import OPAQUE, Builder, Value
 
 
@@ -23,48 +24,15 @@ def softmax_rows(data):
     *lead, columns = (int(d) for d in data.shape)
     k, j = te.reduce_axis((0, columns), "k"), te.reduce_axis((0, columns), "j")
     top: Any = te.compute(lead, lambda *i: te.max(data[(*i, k)], axis=k), name="row_max")
-    total: Any = te.compute(lead, lambda *i: te.sum(_share(data[(*i, j)] - top[i]), axis=j), name="row_exp")
+    total: Any = te.compute(
+        lead, lambda *i: te.sum(elementwise.share_of(data[(*i, j)] - top[i]), axis=j), name="row_exp"
+    )
     one = tirx.const(1.0, "float32")
     return te.compute(
         (*lead, columns),
-        lambda *i: _share(data[i] - top[i[:-1]]) * (one / total[i[:-1]]),
+        lambda *i: elementwise.share_of(data[i] - top[i[:-1]]) * (one / total[i[:-1]]),
         name="softmax",
     )
-
-
-def _share(x):
-    """exp of a number that is not positive; 0 where it is no normal number: denormals slow the next product down."""
-    from tvm import tirx
-
-    return tirx.Select(x < tirx.const(-87.0, "float32"), tirx.const(0.0, "float32"), elementwise.exp_of(x))
-
-
-def layer_norm_rows(data, scale, bias, *, epsilon: float):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis; scale and bias are vectors.
-
-    The variance is the mean of the squared differences from the mean: no cancellation.
-    """
-    from tvm import te, tirx
-
-    *lead, columns = (int(d) for d in data.shape)
-    share = tirx.const(float(np.float32(1 / columns)), "float32")
-    k, j = te.reduce_axis((0, columns), "k"), te.reduce_axis((0, columns), "j")
-    total: Any = te.compute(lead, lambda *i: te.sum(data[(*i, k)], axis=k), name="row_sum")
-
-    def square(i):
-        difference = data[(*i, j)] - total[i] * share
-        return te.sum(difference * difference, axis=j)
-
-    squares: Any = te.compute(lead, lambda *i: square(i), name="row_squares")
-    slack = tirx.const(float(np.float32(epsilon)), "float32")
-    one = tirx.const(1.0, "float32")
-
-    def cell(*i):
-        row, column = i[:-1], i[-1]
-        factor = one / tirx.sqrt(squares[row] * share + slack)
-        return (data[i] - total[row] * share) * factor * scale[column] + bias[column]
-
-    return te.compute((*lead, columns), cell, name="layer_norm")
 
 
 def _rows(builder: Builder, value: Value, rows: int, columns: int):
@@ -115,12 +83,15 @@ def layer_normalization(builder: Builder, node: Node, inputs: Inputs) -> list[Va
         return None
     shift = np.zeros(1, np.float32) if bias is None or bias.const is None else bias.const
     vectors = [np.broadcast_to(v.reshape(-1), (columns,)).astype(np.float32) for v in (scale.const, shift)]
+    known = Normalization(data, rows, columns, vectors[0], vectors[1], float(node.get("epsilon", 1e-5)))
+    if supported(builder) and axis == len(data.shape) - 1:
+        return [Normalized(builder, known, data.shape)]
     flat = _rows(builder, data, rows, columns)
     done = builder.call(
         layer_norm_rows,
-        flat,
-        *(builder.constant(v) for v in vectors),
-        epsilon=float(node.get("epsilon", 1e-5)),
+        [flat],
+        [builder.constant(v) for v in vectors],
+        epsilon=known.epsilon,
         pattern=OPAQUE,
         name="layer_norm",
     )

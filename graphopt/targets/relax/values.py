@@ -103,6 +103,12 @@ class Sums:
         """The same with a Relu or Clip behind it."""
         return replace(self, low=min(max(self.low, low), high), high=max(min(self.high, high), low))
 
+    def plus(self, numbers: np.ndarray) -> Sums | None:
+        """The same and a number a channel; None behind a Relu or Clip."""
+        if not math.isinf(self.low) or not math.isinf(self.high) or self.divisor != 1.0:
+            return None
+        return replace(self, offsets=self.offsets + numbers.reshape(-1).astype(np.float64))
+
 
 @dataclass(frozen=True)
 class Joint:

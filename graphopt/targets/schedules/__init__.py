@@ -12,6 +12,7 @@ from types import ModuleType
 
 from graphopt.targets.relax import stack_buffers
 from graphopt.targets.schedules import (
+    attention,
     batch_matmul,
     concat_lanes,
     conv2d_amx,
@@ -45,6 +46,7 @@ TEMPLATES: tuple[ModuleType, ...] = (
     matmul_blocked,
     matmul_packed,
     batch_matmul,
+    attention,
     matmul_int4,
     rowwise,
     pixels,

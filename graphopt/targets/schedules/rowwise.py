@@ -27,15 +27,25 @@ NAME = "rowwise"
 VERSION = 1
 UNROLL = 4
 LOWEST = float(np.finfo(np.float32).min)
-LAST = {"softmax": ("row_max", "row_exp", "softmax"), "layer_norm": ("row_sum", "row_squares", "layer_norm")}
+SOFTMAX, LAYER_NORM = ("row_max", "row_exp", "softmax"), ("row_sum", "row_squares", "layer_norm")
+DATA, BYTES = "row_data", "row_bytes"
+"""Blocks before and behind a layer normalization: what it reads, where that is computed; what it makes, quantized."""
 
 
 def match(workload: Workload) -> list[Decision] | None:
-    """One decision, for functions that are a softmax or a layer normalization and nothing else."""
-    names = tuple(workload.blocks)
-    if names not in LAST.values() or -1 in extents(workload.blocks[names[-1]]):
+    """One decision, for functions that are a softmax or a layer normalization and nothing else but its DATA, BYTES."""
+    names = _passes(workload)
+    if names not in (SOFTMAX, LAYER_NORM) or -1 in extents(workload.blocks[names[-1]]):
         return None
     return [{}]
+
+
+def _passes(workload: Workload) -> tuple[str, ...]:
+    """The blocks without those of a layer normalization that join its first and last pass."""
+    names = tuple(workload.blocks)
+    if "layer_norm" not in names:
+        return names
+    return names[names[0] == DATA : len(names) - (names[-1] == BYTES)]
 
 
 def apply(workload: Workload, decision: Decision) -> Kernel:
@@ -44,7 +54,7 @@ def apply(workload: Workload, decision: Decision) -> Kernel:
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
-    names = tuple(workload.blocks)
+    names = _passes(workload)
     *lead, columns = extents(workload.blocks[names[-1]])
     lanes = workload.machine.lanes
     parallel = math.prod(lead) * columns >= PARALLEL_ELEMENTS and workload.machine.threads != 1
@@ -68,6 +78,7 @@ class _Row:
         self.vectors = -(-columns // lanes)
         self.padded = self.vectors * lanes
         self.operand = self.first.body.value.b
+        self.data, self.bytes = workload.blocks.get(DATA), workload.blocks.get(BYTES)
         self.buffer: Any = None
 
     def softmax(self, row) -> None:
@@ -112,8 +123,12 @@ class _Row:
 
         axes = [v.var for v in self.first.iter_vars]
 
+        if self.data is not None:
+            axes = [v.var for v in self.data.iter_vars]
+        operand = self.operand if self.data is None else self.data.body.value
+
         def element(column):
-            return substitute(self.operand, dict(zip(axes, [*split_rows(row, self.lead), column], strict=True)))
+            return substitute(operand, dict(zip(axes, [*split_rows(row, self.lead), column], strict=True)))
 
         full, rest = divmod(self.columns, self.lanes)
         if full:
@@ -170,9 +185,19 @@ class _Row:
         places = split_rows(row, self.lead)
         full, rest = divmod(self.columns, self.lanes)
         out = self.last.body.buffer
+
+        def some(first, count: int) -> None:
+            with T.vectorized(0, count) as lane:
+                column = first + lane
+                T.buffer_store(out, function(column), [*places, column])
+                if self.bytes is not None:
+                    axes = [v.var for v in self.bytes.iter_vars]
+                    made = from_buffer(self.bytes.body.value, out, lambda: out[(*places, column)])
+                    value = substitute(made, dict(zip(axes, [*places, column], strict=True)))
+                    T.buffer_store(self.bytes.body.buffer, value, [*places, column])
+
         if full:
-            with T.serial(0, full) as v, T.vectorized(0, self.lanes) as lane:
-                T.buffer_store(out, function(v * self.lanes + lane), [*places, v * self.lanes + lane])
+            with T.serial(0, full) as v:
+                some(v * self.lanes, self.lanes)
         if rest:
-            with T.vectorized(0, rest) as lane:
-                T.buffer_store(out, function(full * self.lanes + lane), [*places, full * self.lanes + lane])
+            some(full * self.lanes, rest)
