@@ -39,9 +39,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=PRESETS)
     parser.add_argument("--again", action="store_true", help="repeat runs that are there")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the table of what is there")
     parser.add_argument("--document", type=Path, help="write the table between the markers of this file")
-    parser.add_argument("--tune-seconds", default="30")
-    parser.add_argument("--measure-seconds", default="8")
+    parser.add_argument("--tune-seconds", default="20")
+    parser.add_argument("--measure-seconds", default="6")
     parser.add_argument("--threads", default="1")
     args = parser.parse_args()
     (args.out / "data").mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,9 @@ def main() -> None:
             if not asked or (preset == "int4" and not task.products):
                 continue
             kept = args.out / f"{task.name}-{preset}.json"
-            if args.again or not kept.is_file():
+            if args.kept and not kept.is_file():
+                continue
+            if not args.kept and (args.again or not kept.is_file()):
                 kept.write_text(json.dumps(record(task, preset, args.out, options, int(args.threads))))
             lines.append(_line(cells(task.name, preset, json.loads(kept.read_text()))))
             print(lines[-1], flush=True)
@@ -146,7 +149,7 @@ def _right(chosen: Mapping[str, Any], variant: Mapping[str, Any] | None, before:
     if not errors:
         return "nothing changed"
     worst = max(e["max_abs_error"] / e["tolerance"] if e["tolerance"] else 0.0 for e in errors)
-    return f"{worst:.1g} of the tolerance"
+    return f"{worst:.1g} of the tolerance" if worst else "no error"
 
 
 def _shortened(report: dict[str, Any]) -> dict[str, Any]:

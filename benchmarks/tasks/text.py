@@ -51,7 +51,7 @@ class Stories(Task):
         same = int(differ[0]) - 1 if len(differ) else TOKENS
         return {
             f"NLL of {TOKENS} tokens": -float(outcome["likelihood"].mean()),
-            "tokens of the greedy text that are the documented ones": same,
+            "greedy tokens as documented": same,
         }
 
     def _documented(self) -> np.ndarray:
