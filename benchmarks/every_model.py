@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from tasks import TASKS, Outcome, Run, Task
 
 import graphopt
+from graphopt.errors import GraphoptError
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 PRESETS = ("exact", "int8", "int4")
@@ -48,7 +51,7 @@ def main() -> None:
     (args.out / "data").mkdir(parents=True, exist_ok=True)
     options = ["--threads", args.threads, "--tune-seconds", args.tune_seconds]
     options += ["--measure-seconds", args.measure_seconds]
-    lines = [_line(HEADING), "|---" * len(HEADING) + "|"]
+    lines, runs = [_line(HEADING), "|---" * len(HEADING) + "|"], []
     print("\n".join(lines), flush=True)
     for task in TASKS.values():
         for preset in PRESETS:
@@ -60,10 +63,13 @@ def main() -> None:
                 continue
             if not args.kept and (args.again or not kept.is_file()):
                 kept.write_text(json.dumps(record(task, preset, args.out, options, int(args.threads))))
-            lines.append(_line(cells(task.name, preset, json.loads(kept.read_text()))))
+            runs.append(json.loads(kept.read_text()))
+            lines.append(_line(cells(task.name, preset, runs[-1])))
             print(lines[-1], flush=True)
-    if args.document is not None:
-        write_between(args.document, "\n".join(lines))
+    if runs:
+        print(f"\n{conditions(runs)}")
+    if runs and args.document is not None:
+        write_between(args.document, f"{conditions(runs)}\n\n" + "\n".join(lines))
 
 
 def record(task: Task, preset: str, out: Path, options: list[str], threads: int) -> dict[str, Any]:
@@ -77,10 +83,14 @@ def record(task: Task, preset: str, out: Path, options: list[str], threads: int)
     seconds = time.monotonic() - started
     report = json.loads(done.stdout) if done.stdout.strip() else None
     result: dict[str, Any] = {"exit": done.returncode, "seconds": seconds, "stderr": done.stderr.strip()}
+    result |= {"date": time.strftime("%d %B %Y"), "load": os.getloadavg()[1]}
     if report is None:
         return result
     reference = reference_outcome(task, data, threads)
-    outcome = task.outcome(graphopt.load(artifact, threads).run, data)
+    try:
+        outcome = task.outcome(graphopt.load(artifact, threads).run, data)
+    except (GraphoptError, RuntimeError) as error:
+        return {**result, "stderr": f"the artifact does not run: {error}"}
     return {
         **result,
         "report": _shortened(report),
@@ -125,6 +135,18 @@ def cells(name: str, preset: str, run: Mapping[str, Any]) -> list[str]:
         f"{1e3 * chosen['latency']['median_s']:.2f}",
         f"{run['seconds'] / 60:.1f}",
     ]
+
+
+def conditions(runs: Sequence[Mapping[str, Any]]) -> str:
+    """When and where these were run, and how busy the machine was: on a quiet one the load is about one."""
+    dates = sorted({run.get("date", "?") for run in runs})
+    machines = sorted({run["report"]["environment"]["machine"]["cpu"] for run in runs if "report" in run})
+    load = statistics.median(run.get("load", float("nan")) for run in runs)
+    minutes = sum(run["seconds"] for run in runs) / 60
+    return (
+        f"{len(runs)} runs, {minutes:.0f} minutes, {', '.join(dates)}, {', '.join(machines)}; load average {load:.1f} "
+        "(median over the runs)."
+    )
 
 
 def _figure(run: Mapping[str, Any]) -> str:
