@@ -224,3 +224,19 @@ def test_one_dimensional_convolution_of_bytes(zero):
     made = model(nodes, {"x": x}, ["y"], constants)
     assert any("rescale" in name for name in pipeline.prim_funcs(TARGET.lower(made).module))
     np.testing.assert_array_equal(compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("behind", ["", "Relu"])
+@pytest.mark.parametrize("shape", [(20, 1, 1), (1, 20, 1, 1), (1,)])
+def test_a_constant_added_behind_a_layer_joins_its_offsets(shape, behind):
+    """Behind a Relu it cannot."""
+    nodes, feeds, constants = quantized_conv(3, (1, 8, 5, 6), 20, (3, 3), zero=7, bias=True)
+    constants["c"] = np.random.default_rng(0).uniform(-900, 900, shape).astype(np.float32)
+    if behind:
+        nodes.append(node("Relu", ["y"], ["r"]))
+    nodes.append(node("Add", ["c", "r"] if behind else ["y", "c"], ["t"]))
+    made = model(nodes, feeds, ["t"], constants)
+    names = list(pipeline.prim_funcs(TARGET.lower(made).module))
+    assert any("conv2d" in name and "add" in name for name in names) == bool(behind), names
+    wanted = reference(made, feeds)["t"]
+    assert np.abs(compiled(made, feeds)["t"] - wanted).max() <= 4 * np.finfo(np.float32).eps * np.abs(wanted).max()

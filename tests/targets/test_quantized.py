@@ -91,3 +91,18 @@ def test_constants_fold_as_onnx_runtime_computes(axis):
     ]
     made = model(nodes, {"x": x}, ["y", "q"], {"d": data, "s": scale, "z": zero, "f": floats}, 13)
     agree(made, {"x": x}, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.01, 0.1, 1 / 3])
+def test_what_a_kernel_computed_is_another_level_only_near_ties(scale):
+    """It is multiplied by the reciprocal of the scale: a unit in the last place of the quotient."""
+    x = uniform(2, 1, 4, 16, 16)
+    constants = {"w": np.diag([0.5, 2.0, -1.0, 0.25]).astype(np.float32).reshape(4, 4, 1, 1),
+                 "s": np.float32(scale), "z": np.array(100, np.uint8)}  # fmt: skip
+    nodes = [node("Conv", ["x", "w"], ["v"]), node("QuantizeLinear", ["v", "s", "z"], ["q"])]
+    made = model(nodes, {"x": x}, ["q"], constants)
+    found, wanted = compiled(made, {"x": x})["q"].astype(int), reference(made, {"x": x})["q"].astype(int)
+    quotient = x.astype(np.float64) * np.array([0.5, 2.0, -1.0, 0.25]).reshape(1, 4, 1, 1) / np.float32(scale)
+    near = np.abs(np.abs(quotient % 1) - 0.5) <= 4 * np.finfo(np.float32).eps * np.maximum(np.abs(quotient), 1)
+    np.testing.assert_array_equal(found[~near], wanted[~near])
+    assert np.abs(found - wanted).max() <= 1
