@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from graphopt import capabilities
 from graphopt.targets.cpu import Cpu
-from graphopt.targets.relax import elementwise, pipeline
+from graphopt.targets.relax import elementwise, normal_share, pipeline
 from tests.targets.oracle import EPSILON, TARGET, agree, compiled, model, node, sum_tolerance, uniform
 
 CASES = settings(max_examples=12, deadline=None, derandomize=True)
@@ -109,6 +110,25 @@ def test_erf_is_within_its_bound():
     np.testing.assert_array_equal(
         _applied(elementwise.erf_of, np.array([np.inf, -np.inf, 0.0], np.float32)), [1, -1, 0]
     )
+
+
+@pytest.mark.skipif(normal_share.FEATURE not in capabilities.host_features(), reason="this processor lacks AVX-512")
+def test_normal_share():
+    x = np.concatenate([np.linspace(-7, 7, 40001), [0.0, 1e-30, -1e-30, 5.6, -5.6, 1e30]]).astype(np.float32)
+    exact = np.array([math.erf(float(v) * math.sqrt(0.5)) / 2 for v in x])
+    assert np.abs(_applied(normal_share.normal_share, x) - exact).max() <= 2.3e-7
+    ends = np.array([np.inf, -np.inf], np.float32)
+    np.testing.assert_allclose(_applied(normal_share.normal_share, ends), [0.5, -0.5], rtol=1e-6)
+    assert np.isnan(_applied(partial(elementwise.gelu_of, table=True), np.array([np.nan], np.float32))).all()
+
+
+@pytest.mark.skipif(normal_share.FEATURE not in capabilities.host_features(), reason="this processor lacks AVX-512")
+@pytest.mark.parametrize("columns", [1, 3, 15, 16, 17, 40, 100])
+def test_gelu_by_table_in_any_number_of_lanes(columns):
+    x = 6 * uniform(1, 3, columns)
+    made = model([node("Gelu", ["x"], ["y"])], {"x": x}, ["y"], opset=20)
+    exact = np.array([v / 2 * (1 + math.erf(v * math.sqrt(0.5))) for v in x.reshape(-1).astype(float)])
+    assert np.abs(compiled(made, {"x": x})["y"].reshape(-1) - exact).max() <= 6 * 2.5e-7 + 6 * EPSILON
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import rounding
+from graphopt.targets.relax import normal_share, rounding
 
 _EXP = (1.381459878757596e-3, 8.368716575205326e-3, 4.166838899254799e-2, 1.666652113199234e-1, 4.999999403953552e-1)
 """Coefficients of r^6 to r^2; those of r and 1 are 1."""
@@ -155,8 +155,10 @@ def erf_of(x):
     return _let(tirx.max(tirx.min(x, _f(_ERF_END)), _f(-_ERF_END)), near)
 
 
-def gelu_of(x):
-    """x / 2 * (1 + erf(x / sqrt(2)))."""
+def gelu_of(x, table: bool = False):
+    """x / 2 * (1 + erf(x / sqrt(2))); with `table` by `normal_share`."""
+    if table:
+        return _let(x, lambda x: x * (_f(0.5) + normal_share.normal_share(x)))
     return _let(x, lambda x: x * _f(0.5) * (_f(1.0) + erf_of(x * _f(np.sqrt(0.5)))))
 
 

@@ -19,6 +19,7 @@ from graphopt.targets.relax import (
     elementwise,
     integer_computes,
     integer_layers,
+    normal_share,
     normalized,
     views,
 )
@@ -110,7 +111,11 @@ def activation(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
         "Tanh": lambda: partial(elementwise.tanh_of, divide=divide),
         "Exp": lambda: elementwise.exp_of,
         "Erf": lambda: elementwise.erf_of,
-        "Gelu": lambda: partial(elementwise.gelu_tanh_of, divide=divide) if _tanh_form(node) else elementwise.gelu_of,
+        "Gelu": lambda: (
+            partial(elementwise.gelu_tanh_of, divide=divide)
+            if _tanh_form(node)
+            else partial(elementwise.gelu_of, table=builder.looks_up and builder.lanes == normal_share.LANES)
+        ),
     }[node.op_type]()
     if node.op_type == "Exp" and data.has_filler:
         return None

@@ -135,10 +135,11 @@ def main(parent: int, processor: int | None) -> int:
         return 0
     import tvm  # noqa: F401 - before the first order, so that the first answer does not wait for it
 
-    from graphopt.targets.relax import bfloat16, lookup, rounding
+    from graphopt.targets.relax import bfloat16, lookup, normal_share, rounding
 
     bfloat16.register()  # workloads arrive with these operators
     lookup.register()
+    normal_share.register()
     rounding.register()
     while (order := receive(sys.stdin.buffer)) is not None:
         send(answers, build(order))
