@@ -37,6 +37,7 @@ from graphopt.targets.relax import (
     block_weights,
     byte_moves,
     constants,
+    control_flow,
     conv_transpose,
     convolution,
     elementwise_operators,
@@ -44,11 +45,11 @@ from graphopt.targets.relax import (
     index_bounds,
     integer_layers,
     integer_operators,
+    nodes,
     normalization,
     pooling,
     products,
     qoperators,
-    recurrent,
     reductions,
     resize,
     rows,
@@ -59,7 +60,7 @@ from graphopt.targets.relax import (
 )
 from graphopt.targets.relax.emitters import EMITTERS, Node
 from graphopt.targets.relax.form import Form
-from graphopt.targets.relax.values import Builder, Value, element_type
+from graphopt.targets.relax.values import Builder, Value, constant, element_type
 
 _ = (
     attention,
@@ -85,9 +86,6 @@ _FUSED = frozenset(
      "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "BatchNormalization"]
 )  # fmt: skip
 """Operators that run in the registers of the kernel before them."""
-_STEERS = frozenset({"If", "Loop", "Scan", "RNN", "GRU", "LSTM"})
-MOST_TURNS = 64
-"""Of a Loop or Scan that is unrolled."""
 _MOVES = frozenset(
     ["Transpose", "Reshape", "Split", "Slice", "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
 )
@@ -160,13 +158,10 @@ def _check_operators(proto: onnx.ModelProto) -> None:
     missing: dict[str, str] = {}
     for node in proto.graph.node:
         if not has_importer(node):
-            missing.setdefault(operator(node), _label(node))
+            missing.setdefault(nodes.operator(node), nodes.label(node))
     if missing:
         listed = ", ".join(f"{op} (node {name!r})" for op, name in sorted(missing.items()))
-        raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint=_STAYS)
-
-
-_STAYS = "the model can stay on ONNX Runtime"
+        raise UnsupportedOperatorError(f"TVM cannot import {listed}", hint=nodes.STAYS)
 
 
 def has_importer(node: onnx.NodeProto) -> bool:
@@ -175,18 +170,9 @@ def has_importer(node: onnx.NodeProto) -> bool:
 
     if node.domain not in ("", "ai.onnx"):
         return False
-    if node.op_type in EMITTERS or node.op_type in _STEERS or node.op_type == "Constant":
+    if node.op_type in EMITTERS or node.op_type in control_flow.STEERS or node.op_type == "Constant":
         return True
     return node.op_type in onnx_frontend._get_convert_map() or expansion.is_defined(node.op_type)
-
-
-def operator(node: onnx.NodeProto) -> str:
-    """The type, with its domain where that is not ONNX's own."""
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]
 
 
 class Importer:
@@ -239,30 +225,30 @@ class Importer:
         """The plain form under a binding of its own: an output may be an input or a constant."""
         value = self.values[name]
         if value.dtype not in DTYPES:
-            raise TargetError(f"output {name!r} is {value.dtype}, which cannot be compiled", hint=_STAYS)
+            raise TargetError(f"output {name!r} is {value.dtype}, which cannot be compiled", hint=nodes.STAYS)
         return self.builder.plain(value)
 
     def node(self, node: onnx.NodeProto) -> None:
         """Import one node. Raises TargetError."""
         inputs = [self.values[name] if name else None for name in node.input]
-        self.builder.layer = _label(node)
-        guard.at(f"node {_label(node)!r} ({node.op_type})")
+        self.builder.layer = nodes.label(node)
+        guard.at(f"node {nodes.label(node)!r} ({node.op_type})")
         results = self._folded(node, inputs)
         if results is None:
             reason = unsound.reason(node, inputs, self.opset)
             if reason is not None:
                 raise UnsupportedOperatorError(
-                    f"TVM cannot compile {node.op_type}: {reason}", node=_label(node), hint=_STAYS
+                    f"TVM cannot compile {node.op_type}: {reason}", node=nodes.label(node), hint=nodes.STAYS
                 )
             results = self._emitted(node, inputs)
-        if results is None and node.op_type in _STEERS:
-            results = self._steered(node, inputs)
+        if results is None and node.op_type in control_flow.STEERS:
+            results = control_flow.steered(node, inputs, self._subgraph, self.opset)
         if results is None and node.op_type in expansion.PREFERRED:
             results = self._expanded(node, inputs)
         if results is None:
             results = self._converted(node, inputs)
         if len(results) < len(node.output) and any(node.output[len(results) :]):
-            raise _refused(node, f"it gives {len(results)} of its {len(node.output)} outputs")
+            raise nodes.refused(node, f"it gives {len(results)} of its {len(node.output)} outputs")
         for name, value in zip(node.output, results, strict=False):
             if name:
                 self.values[name] = value
@@ -272,7 +258,7 @@ class Importer:
     def _subgraph(self, graph: onnx.GraphProto, bound: Mapping[str, Value], opset: int | None = None) -> list[Value]:
         """The outputs of a graph that is imported in place; it sees the values around it."""
         inner = copy.copy(self)
-        inner.values = {**self.values, **{t.name: _constant(onnx.numpy_helper.to_array(t)) for t in graph.initializer}}
+        inner.values = {**self.values, **{t.name: constant(onnx.numpy_helper.to_array(t)) for t in graph.initializer}}
         inner.values.update(bound)
         inner.consumers = _consumers(graph)
         inner.opset = self.opset if opset is None else opset
@@ -291,113 +277,19 @@ class Importer:
             made = iter(self._subgraph(graph, bound))
         except TargetError as error:
             raise UnsupportedOperatorError(
-                f"TVM cannot import {node.op_type}: {error.what}", node=_label(node), hint=_STAYS
+                f"TVM cannot import {node.op_type}: {error.what}", node=nodes.label(node), hint=nodes.STAYS
             ) from error
         return [next(made) if name else Value(None, "float32") for name in node.output]
 
-    def _steered(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value]:
-        graphs = {a.name: a.g for a in node.attribute if a.HasField("g")}
-        if node.op_type == "If":
-            condition = _known(inputs[0])
-            if condition is None:
-                raise _refused(node, "its condition is known at run time only")
-            return self._subgraph(graphs["then_branch" if condition.reshape(-1)[0] else "else_branch"], {})
-        if node.op_type == "Loop":
-            return self._loop(node, graphs["body"], inputs)
-        if node.op_type == "Scan":
-            return self._scan(node, graphs["body"], inputs)
-        shapes = [None if value is None else value.shape for value in inputs]
-        reason = recurrent.refusal(node, shapes, _known(inputs[4]) if len(inputs) > 4 else None)
-        if reason is not None:
-            raise _refused(node, reason)
-        bound = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-        made = iter(self._subgraph(recurrent.unrolled(node, shapes), bound, recurrent.OPSET))
-        return [next(made) if name else Value(None, "float32") for name in node.output]
-
-    def _loop(self, node: onnx.NodeProto, body: onnx.GraphProto, inputs: list[Value | None]) -> list[Value]:
-        turns, condition = (_known(value) for value in inputs[:2])
-        if (inputs[0] is not None and turns is None) or (inputs[1] is not None and condition is None):
-            raise _refused(node, "the number of its turns is known at run time only")
-        going = condition is None or bool(condition.reshape(-1)[0])
-        carried: list[Any] = list(inputs[2:])
-        collected: list[list[Value]] = [[] for _ in body.output[1 + len(carried) :]]
-        turn = 0
-        while going and (turns is None or turn < int(turns.reshape(-1)[0])):
-            if turn == MOST_TURNS:
-                raise _refused(node, f"over {MOST_TURNS} turns are not unrolled")
-            counters = [_constant(np.asarray(turn, np.int64)), _constant(np.asarray(True))]
-            bound = dict(zip([info.name for info in body.input], [*counters, *carried], strict=True))
-            on, *made = self._subgraph(body, bound)
-            if on.const is None:
-                raise _refused(node, "the number of its turns is known at run time only")
-            going, carried = bool(on.const.reshape(-1)[0]), made[: len(carried)]
-            for rows_, value in zip(collected, made[len(carried) :], strict=True):
-                rows_.append(value)
-            turn += 1
-        return [*carried, *(self._stacked(node, each, 0) for each in collected)]
-
-    def _scan(self, node: onnx.NodeProto, body: onnx.GraphProto, inputs: list[Value | None]) -> list[Value]:
-        attributes = _attributes(node)
-        count = int(attributes["num_scan_inputs"])
-        states: list[Any] = list(inputs[: len(inputs) - count])
-        scanned: list[Any] = list(inputs[len(inputs) - count :])
-        made_count = len(body.output) - len(states)
-        axes = attributes.get("scan_input_axes", (0,) * count)
-        if self.opset < 9 or any(v is None or not v.shape for v in scanned):
-            raise _refused(node, "Scan of this opset or with these operands")
-        turns = scanned[0].shape[axes[0]]
-        if turns > MOST_TURNS:
-            raise _refused(node, f"over {MOST_TURNS} turns are not unrolled")
-        collected: list[list[Value]] = [[] for _ in range(made_count)]
-        backward = attributes.get("scan_input_directions", (0,) * count)
-        for turn in range(turns):
-            rows_ = [
-                self._row(value, axis, turns - 1 - turn if back else turn)
-                for value, axis, back in zip(scanned, axes, backward, strict=True)
-            ]
-            bound = dict(zip([info.name for info in body.input], [*states, *rows_], strict=True))
-            made = self._subgraph(body, bound)
-            states = made[: len(states)]
-            for each, value in zip(collected, made[len(states) :], strict=True):
-                each.append(value)
-        out_axes = attributes.get("scan_output_axes", (0,) * made_count)
-        out_backward = attributes.get("scan_output_directions", (0,) * made_count)
-        stacked = [
-            self._stacked(node, each[::-1] if back else each, axis)
-            for each, axis, back in zip(collected, out_axes, out_backward, strict=True)
-        ]
-        return [*states, *stacked]
-
-    def _row(self, value: Value, axis: int, index: int) -> Value:
-        """value[index] along an axis, which goes."""
-        helper = onnx.helper
-        axis = axis % len(value.shape or ())
-        nodes = [helper.make_node("Gather", ["value", "index"], ["row"], axis=axis)]
-        graph = helper.make_graph(nodes, "row", [], [helper.make_empty_tensor_value_info("row")])
-        index_of = _constant(np.asarray(index, np.int64))
-        return self._subgraph(graph, {"value": value, "index": index_of}, recurrent.OPSET)[0]
-
-    def _stacked(self, node: onnx.NodeProto, values: list[Value], axis: int) -> Value:
-        """Values of one shape, side by side along a new axis."""
-        if not values:
-            raise _refused(node, "it takes no turn, and nothing says what shape its outputs have")
-        helper = onnx.helper
-        names = [f"row_{i}" for i in range(len(values))]
-        nodes = [helper.make_node("Unsqueeze", [name, "axis"], [f"{name}_"]) for name in names]
-        nodes.append(helper.make_node("Concat", [f"{name}_" for name in names], ["stacked"], axis=axis))
-        graph = helper.make_graph(nodes, "stacked", [], [helper.make_empty_tensor_value_info("stacked")])
-        bound = {**dict(zip(names, values, strict=True)), "axis": _constant(np.asarray([axis], np.int64))}
-        return self._subgraph(graph, bound, recurrent.OPSET)[0]
-
     def _folded(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
-        if node.op_type in _STEERS:
+        if node.op_type in control_flow.STEERS:
             return None
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shape is not None:
             whole = np.asarray(inputs[0].shape, np.int64)
             if node.op_type == "Size":
-                return [_constant(np.asarray(whole.prod(), np.int64))]
+                return [constant(np.asarray(whole.prod(), np.int64))]
             bounds = {a.name: a.i for a in node.attribute}
-            return [_constant(whole[bounds.get("start", 0) : bounds.get("end", len(whole))])]
+            return [constant(whole[bounds.get("start", 0) : bounds.get("end", len(whole))])]
         if any(v is not None and v.const is None for v in inputs):
             return None
         found = constants.fold(node, [None if v is None else v.const for v in inputs], self.opset)
@@ -406,7 +298,7 @@ class Importer:
         if node.op_type == "DequantizeLinear" and found[0].dtype == np.float32:
             return [_integers(node, inputs, found[0])]
         arrays = iter(found)
-        return [_constant(next(arrays)) if name else Value(None, "float32") for name in node.output]
+        return [constant(next(arrays)) if name else Value(None, "float32") for name in node.output]
 
     def _emitted(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value] | None:
         emitter = EMITTERS.get(node.op_type)
@@ -414,11 +306,13 @@ class Importer:
             return None
         from tvm.error import InternalError
 
-        view = Node(_label(node), node.op_type, _attributes(node), self.opset, len([o for o in node.output if o]))
+        view = Node(
+            nodes.label(node), node.op_type, nodes.attributes(node), self.opset, len([o for o in node.output if o])
+        )
         try:
             return rows.emitted(emitter, self.builder, view, inputs) or emitter(self.builder, view, inputs)
         except (InternalError, ValueError, TypeError) as error:
-            raise _refused(node, error) from error
+            raise nodes.refused(node, error) from error
 
     def _converted(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Value]:
         """TVM's own converter. It prints, warns and raises as it likes: all of that becomes one TargetError."""
@@ -427,14 +321,14 @@ class Importer:
         from tvm.relax.frontend.onnx import onnx_frontend
 
         if node.op_type in _DATA_DEPENDENT:
-            raise _dynamic(node)
+            raise nodes.dynamic(node)
         operands = onnx_frontend.onnx_input()
         operands.extend(self._operands(node, inputs))
         if node.op_type in index_bounds.INDEXED:
             operands[1] = self._bounded(node, inputs, operands[1])
         repeated: Any = node.attribute
         attributes: dict[str, Any] = onnx_frontend.ONNXGraphImporter({}, {})._parse_attr(repeated)
-        attributes["tvm_custom"] = {"name": _label(node), "num_outputs": len(node.output)}
+        attributes["tvm_custom"] = {"name": nodes.label(node), "num_outputs": len(node.output)}
         converter_class = onnx_frontend._get_convert_map().get(node.op_type)
         if converter_class is None:
             defined = self._expanded(node, inputs)
@@ -442,8 +336,8 @@ class Importer:
                 return defined
             raise UnsupportedOperatorError(
                 f"TVM cannot import {node.op_type} with these attributes and operands",
-                node=_label(node),
-                hint=_STAYS,
+                node=nodes.label(node),
+                hint=nodes.STAYS,
             )
         known: Mapping[str, Any] = {name: value.plain for name, value in self.values.items() if value.plain is not None}
         try:
@@ -458,7 +352,7 @@ class Importer:
             defined = self._expanded(node, inputs)
             if defined is not None:
                 return defined
-            raise _refused(node, error) from error
+            raise nodes.refused(node, error) from error
         return [self._value_of(node, item) for item in self._items(made, len(node.output))]
 
     def _bounded(self, node: onnx.NodeProto, inputs: list[Value | None], operand: Any) -> Any:
@@ -473,7 +367,7 @@ class Importer:
         if indices.const is None:
             return index_bounds.clipped(self.builder, operand, bounds, indices.dtype)
         if not index_bounds.within(indices.const, bounds):
-            raise _refused(node, "a constant index is out of range")
+            raise nodes.refused(node, "a constant index is out of range")
         return operand
 
     def _operands(self, node: onnx.NodeProto, inputs: list[Value | None]) -> list[Any]:
@@ -501,22 +395,22 @@ class Importer:
 
         if isinstance(expression, tvm.ir.GenericConst):
             literal: Any = expression
-            return _constant(literal.value.numpy())
+            return constant(literal.value.numpy())
         expression = self.builder.emit(expression)
         kind = expression.ty
         if not isinstance(kind, relax.TensorType):
-            raise _refused(node, f"its result is {type(kind).__name__}, not a tensor")
+            raise nodes.refused(node, f"its result is {type(kind).__name__}, not a tensor")
         shape = kind.shape
         if not isinstance(shape, relax.ShapeExpr) or any(not isinstance(d, tvm.tirx.IntImm) for d in shape.values):
-            raise _dynamic(node)
+            raise nodes.dynamic(node)
         dims: Any = shape.values
         stored = self.builder.narrows and str(kind.dtype) == self.builder.precision
         dtype = "float32" if stored else str(kind.dtype)
         if dtype not in DTYPES:
-            raise _refused(node, f"{dtype} cannot be compiled")
+            raise nodes.refused(node, f"{dtype} cannot be compiled")
         whole = tuple(int(d) for d in dims)
         if 0 in whole:  # nothing to compute, and a constant to whoever reads it
-            return _constant(np.zeros(whole, dtype))
+            return constant(np.zeros(whole, dtype))
         return Value(whole, dtype, plain=expression)
 
 
@@ -568,26 +462,10 @@ def _integers(node: onnx.NodeProto, inputs: list[Value | None], array: np.ndarra
     axis, block = attributes.get("axis", 1), attributes.get("block_size", 0)
     if block:
         blocks = block_weights.blocks_of(array, stored, scale, zero_point, axis, block)
-        return _constant(array) if blocks is None else blocks
+        return constant(array) if blocks is None else blocks
     if zero_point is None:
         zero_point = np.zeros(1, stored.dtype)
     return integer_layers.Integers(array, stored, scale, zero_point, axis)
-
-
-def _known(value: Value | None) -> np.ndarray | None:
-    return None if value is None else value.const
-
-
-def _constant(array: np.ndarray) -> Value:
-    return Value(tuple(array.shape), str(array.dtype), const=array)
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for attribute in node.attribute:
-        value = onnx.helper.get_attribute_value(attribute)
-        found[attribute.name] = tuple(value) if isinstance(value, list) else value
-    return found
 
 
 def _static_type(info: onnx.ValueInfoProto) -> tuple[tuple[int, ...], str]:
@@ -606,21 +484,3 @@ def _static_type(info: onnx.ValueInfoProto) -> tuple[tuple[int, ...], str]:
     if dtype not in DTYPES:
         raise TargetError(f"input {info.name!r} is {dtype}, which cannot be compiled")
     return tuple(shape), dtype
-
-
-def _dynamic(node: onnx.NodeProto) -> TargetError:
-    return TargetError(
-        f"{node.op_type}: its output shape depends on data, and compiled models have static shapes",
-        node=_label(node),
-        hint=_STAYS,
-    )
-
-
-def _refused(node: onnx.NodeProto, error: Exception | str) -> TargetError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = next((line for line in lines if "Check failed" in line or "rror" in line), lines[-1] if lines else "")
-    return TargetError(
-        f"TVM cannot import {node.op_type}: {reason[:200] or type(error).__name__}",
-        node=_label(node),
-        hint=_STAYS,
-    )

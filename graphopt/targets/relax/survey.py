@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.errors import TargetError
 from graphopt.targets.base import Survey, TensorType
-from graphopt.targets.relax import importer
+from graphopt.targets.relax import importer, nodes
 from graphopt.targets.relax.form import Form
 from graphopt.targets.relax.values import Value
 
@@ -60,7 +60,7 @@ class _Surveyor(importer.Importer):
         unknown = next((name for name in node.input if name and name not in self.values), None)
         try:
             if not importer.has_importer(node):
-                raise TargetError(f"TVM lacks {importer.operator(node)}")
+                raise TargetError(f"TVM lacks {nodes.operator(node)}")
             if unknown is not None:
                 raise TargetError(f"the shape of its input {unknown!r} is not known before a run")
             self.node(node)

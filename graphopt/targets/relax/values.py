@@ -478,3 +478,11 @@ def block_array(array: np.ndarray, block: int) -> np.ndarray:
     padded = np.zeros((batch, blocks * block, height * width), array.dtype)
     padded[:, :channels] = array.reshape(batch, channels, height * width)
     return np.ascontiguousarray(padded.reshape(batch, blocks, block, -1).transpose(0, 1, 3, 2))
+
+
+def known(value: Value | None) -> np.ndarray | None:
+    return None if value is None else value.const
+
+
+def constant(array: np.ndarray) -> Value:
+    return Value(tuple(array.shape), str(array.dtype), const=array)
