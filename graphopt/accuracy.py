@@ -52,13 +52,16 @@ def evaluate(
     signature: Signature,
     reference: Path | bytes | Runner | None = None,
     progress: Progress = SILENT,
+    classes: bool = True,
 ) -> Accuracy:
     """Measure `model` on `dataset`; models run in ONNX Runtime with all its optimisations on all cores.
 
-    `reference` is the model to agree with where there are no labels. Raises DataError: there is neither.
+    `reference` is the model to agree with where there are no labels. `classes` False: an output that looks like classes
+    is none (an embedding, say). Raises DataError: there are neither labels nor a reference.
     """
     run, batch = _runner(model), _batch(model, signature)
-    if dataset.labels is not None and is_classifier(signature):
+    classes = classes and is_classifier(signature)
+    if dataset.labels is not None and classes:
         name = signature.outputs[0].name
         right = 0
         for start, feeds in _batches(dataset, batch, progress):
@@ -68,7 +71,7 @@ def evaluate(
         return Accuracy("top1", 100.0 * right / len(dataset), len(dataset))
     if reference is None:
         raise DataError("without labels accuracy needs a model to agree with")
-    return _against(run, _runner(reference), dataset, signature, batch, progress)
+    return _against(run, _runner(reference), dataset, signature, classes, batch, progress)
 
 
 def is_classifier(signature: Signature) -> bool:
@@ -81,21 +84,27 @@ def is_classifier(signature: Signature) -> bool:
 
 
 def _against(
-    run: Runner, wanted: Runner, dataset: Dataset, signature: Signature, batch: int, progress: Progress
+    run: Runner,
+    wanted: Runner,
+    dataset: Dataset,
+    signature: Signature,
+    classes: bool,
+    batch: int,
+    progress: Progress,
 ) -> Accuracy:
     names = [o.name for o in signature.outputs if o.dtype.kind == "f"]
     same = 0
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for start, feeds in _batches(dataset, batch, progress):
         got, reference = run(feeds), wanted(feeds)
-        if is_classifier(signature):
+        if classes:
             count = min(len(reference[names[0]]), len(dataset) - start)
             same += int((np.argmax(got[names[0]], 1) == np.argmax(reference[names[0]], 1))[:count].sum())
         for name in names:
             a, b = reference[name].astype(np.float64), got[name].astype(np.float64)
             signal[name] += float(np.square(a).sum())
             noise[name] += float(np.square(a - b).sum())
-    if is_classifier(signature):
+    if classes:
         return Accuracy("agreement", 100.0 * same / len(dataset), len(dataset))
     ratios = [10 * math.log10(max(signal[n], 1e-300) / noise[n]) for n in names if noise[n] > 0]
     return Accuracy("snr", min(ratios, default=math.inf), len(dataset))

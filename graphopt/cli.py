@@ -124,6 +124,7 @@ def group() -> None:
 @click.option("--preprocess", help="For picture folders: a named preset (imagenet, ...) or a TOML file.")
 @click.option("--max-drop", type=float, help="Points of top-1 (or agreement) that may be lost. [default: 1.0]")
 @click.option("--min-snr", type=float, help="dB; the bound where outputs are not classes. [default: 20]")
+@click.option("--metric", type=click.Choice(["auto", "snr"]), help="snr: outputs are no classes. [default: auto]")
 @INPUT
 @click.option(
     "--sizes",

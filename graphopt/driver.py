@@ -76,7 +76,7 @@ def optimize(
     """Find the fastest version of `model` that is still right on `target`; write it to `output` if given.
 
     `options` are the fields of `Settings`: preset, objective, search_seconds, calib, calib_samples, eval, preprocess,
-    max_drop, min_snr, inputs, sizes, threads, engine, precision, remote, tune_seconds, measure_seconds, seed,
+    max_drop, min_snr, metric, inputs, sizes, threads, engine, precision, remote, tune_seconds, measure_seconds, seed,
     overwrite.
 
     Raises SpecError, ModelError, DataError, ArtifactError (usage or input), PassError, VerificationError,
@@ -419,7 +419,7 @@ def _timing_feeds(data: Data, source: Source) -> list[Feeds]:
 
 
 def _bound(settings: Settings) -> Bound:
-    return Bound(settings.max_drop, settings.min_snr)
+    return Bound(settings.max_drop, settings.min_snr, settings.metric == "snr")
 
 
 def _describe(dataset: calibration.Dataset | None) -> DataRecord | None:

@@ -25,6 +25,7 @@ else:
 Engine = Literal["auto", "tvm", "onnxruntime"]
 Precision = Literal["float32", "bf16", "fp16"]
 Objective = Literal["latency", "size"]
+Metric = Literal["auto", "snr"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Settings:
     """Allowed loss, in points of top-1, or of agreement with the input model where there are no labels."""
     min_snr: float = 20.0
     """dB; the bound for lossy passes where a model's output is not a class."""
+    metric: Metric = "auto"
+    """What is bounded: classes where the output looks like some, (N, classes), else signal-to-noise; `snr`: that in any
+    case, as for embeddings."""
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Static shapes by input name."""
     sizes: tuple[str, ...] = ()
@@ -90,6 +94,8 @@ class Settings:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise SpecError(f"--{name.replace('_', '-')} {number} must be at least 1")
+        if self.metric not in typing.get_args(Metric):
+            raise SpecError(f"unknown metric {self.metric!r}", hint=f"known: {', '.join(typing.get_args(Metric))}")
         if self.engine not in typing.get_args(Engine):
             raise SpecError(f"unknown engine {self.engine!r}", hint=f"known: {', '.join(typing.get_args(Engine))}")
         if self.precision not in typing.get_args(Precision):

@@ -63,6 +63,8 @@ class Bound:
 
     max_drop: float
     min_snr: float
+    by_snr: bool = False
+    """Whether signal-to-noise counts though the output looks like classes."""
 
     def drop(self, before: Accuracy | None, after: Accuracy) -> float:
         """Points lost (dB short of `min_snr` for outputs that are not classes)."""
@@ -90,7 +92,7 @@ class Judge:
 
     @classmethod
     def of(cls, source: Source, dataset: Dataset | None, bound: Bound, progress: Progress) -> Judge:
-        labelled = dataset is not None and dataset.labels is not None
+        labelled = dataset is not None and dataset.labels is not None and not bound.by_snr
         before = None
         if dataset is not None and labelled:
             before = evaluate(source.path, dataset, signature=source.signature, progress=progress)
@@ -100,7 +102,12 @@ class Judge:
         if self.dataset is None:
             return None
         return evaluate(
-            model, self.dataset, reference=self.source.path, signature=self.source.signature, progress=self.progress
+            model,
+            self.dataset,
+            reference=self.source.path,
+            signature=self.source.signature,
+            progress=self.progress,
+            classes=not self.bound.by_snr,
         )
 
     def drop(self, after: Accuracy) -> float:

@@ -99,3 +99,16 @@ def test_a_model_file_and_its_bytes_give_what_onnxruntime_gives(tmp_path):
     expected = 100 * np.mean(np.asarray(y).argmax(1) == labels)
     for source in (tmp_path / "m.onnx", proto.SerializeToString()):
         assert evaluate(source, data, signature=signature).value == pytest.approx(expected)
+
+
+def test_an_embedding_is_no_class(make):
+    """Another element is the largest, though hardly anything changed."""
+    data, x = make(classifier(), labelled=False)
+    signal, noise = float(np.square(x, dtype=np.float64).sum()), 1e-4 * x.size
+
+    def moved(feeds):
+        return {"y": feeds["x"] + np.float32(0.01)}
+
+    found = evaluate(moved, data, signature=classifier(), reference=identity, classes=False)
+    assert (found.metric, found.count) == ("snr", 37)
+    assert found.value == pytest.approx(10 * math.log10(signal / noise), abs=0.1)

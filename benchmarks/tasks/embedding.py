@@ -11,9 +11,6 @@ from tasks.base import Outcome, Run, Task, arrays_file, from_arrays
 from tasks.pictures import all_pictures, spread, stretched
 
 CALIBRATE, JUDGE, COMPARE = 64, 64, 200
-MAX_DROP = "10"
-"""Points. Without labels `graphopt optimize` takes 512 outputs for classes and asks for the same largest one, which in
-an embedding often is nearly a tie; what counts is the cosine below."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Embedding(Task):
     def arguments(self, work: Path) -> list[str]:
         files = spread(all_pictures()[1::2], CALIBRATE + JUDGE)
         make = lambda: {"input": np.concatenate([_feeds(file)["input"] for file in files])}  # noqa: E731
-        return [*from_arrays(arrays_file(work, self.name, make), CALIBRATE), "--max-drop", MAX_DROP]
+        return [*from_arrays(arrays_file(work, self.name, make), CALIBRATE), "--metric", "snr"]
 
     def outcome(self, run: Run, work: Path) -> Outcome:
         files = spread(all_pictures()[::2], COMPARE)
