@@ -23,7 +23,8 @@ Cases, in the order they are tried; repeated until nothing changes:
 7. Neighbours are joined: Transpose of Transpose; Reshape, Flatten, Squeeze, Unsqueeze and a Transpose that moves
    dimensions of size 1 only, of each other; Slice of Slice on other axes; slices that cut a value into pieces become
    one Split; Concat of Concat on one axis; Clip from at least 0 of Relu.
-8. Equal constants (up to 1 KiB), equal shape vectors (Shape(Relu(x)) is Shape(x)) and equal nodes are merged.
+8. Equal constants (up to 1 KiB; of INT64 up to 1 MiB), equal shape vectors (Shape(Relu(x)) is Shape(x)) and equal
+   nodes are merged.
 9. Nodes, initializers, optional outputs and functions nobody uses go.
 10. With `use_onnxsim`, onnx-simplifier is asked as well, in a process of its own and without its rewrites that change
     rounding; its answer is taken if it has fewer nodes, no more bytes, and gives the same bits on a random input.

@@ -142,6 +142,27 @@ def test_tied_weights_are_not_copied():
     assert models.parameter_bytes(simplified) == models.parameter_bytes(alone)
 
 
+def test_equal_tables_of_indices_are_kept_once():
+    """Large ones too: folding leaves one for every node that reads it."""
+    table = np.arange(600, dtype=np.int64) % 4
+    nodes = [
+        helper.make_node("Gather", ["x", "a"], ["p"], axis=0),
+        helper.make_node("Gather", ["y", "b"], ["q"], axis=0),
+        helper.make_node("Add", ["p", "q"], ["z"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", onnx.TensorProto.FLOAT, [4]), info("y", onnx.TensorProto.FLOAT, [4])],
+        [info("z", onnx.TensorProto.FLOAT, [600])],
+        [numpy_helper.from_array(table, name) for name in "ab"],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    found = Simplify().run(models.from_proto(proto), Context()).model
+    assert len(found.graph.initializers) == 1
+
+
 def test_dropout_in_training_stays():
     model = model_of("""g (float[2] x) => (float[2] y) <float r = {0.5}, bool t = {1}> {
         a = Dropout <seed = 1> (x, r, t) b = Dropout <seed = 1> (x, r, t) y = Add(a, b) }""")

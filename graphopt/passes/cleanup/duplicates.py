@@ -11,6 +11,8 @@ from graphopt.shapes.facts import ShapeFacts
 
 _MERGED_CONSTANT_BYTES = 1024
 """Small constants are merged so that the nodes reading them compare equal; large weights keep their names."""
+_MERGED_INDEX_BYTES = 1 << 20
+"""Integers of 64 bits are no weights: folding leaves tables of indices, one for every node that reads such a table."""
 
 
 def merge_duplicates(model: ir.Model, facts: ShapeFacts) -> int:
@@ -25,7 +27,8 @@ def _merge_constants(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is None or value.is_graph_input() or value.is_graph_output() or not value.name:
             continue
-        if tensor.nbytes > _MERGED_CONSTANT_BYTES or tensor.dtype == ir.DataType.STRING:
+        limit = _MERGED_INDEX_BYTES if tensor.dtype == ir.DataType.INT64 else _MERGED_CONSTANT_BYTES
+        if tensor.nbytes > limit or tensor.dtype == ir.DataType.STRING:
             continue
         key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
         kept = first.setdefault(key, value)
