@@ -15,7 +15,7 @@ import numpy as np
 from graphopt import model as models
 from graphopt import samples
 from graphopt.candidates import INPUT, Candidate, Compiler, verify
-from graphopt.errors import TargetError, VerificationError
+from graphopt.errors import SpecError, TargetError, VerificationError
 from graphopt.gate import LEVEL, TIE
 from graphopt.measure import Contender, PairedResult
 from graphopt.report import SizeRecord
@@ -56,7 +56,7 @@ def make_sized(
         assert isinstance(target, LlvmTarget)
         how = How(target, compiler.settings.tune_seconds, database_path(), compiler.settings.seed)
         outputs = iter(compile_sizes(variant.model, plan, how, folder, flat, compiler.progress))
-    except TargetError as error:
+    except (SpecError, TargetError) as error:  # a lossy pass may have made what is not provable any more
         missing = tuple(SizeRecord(str(entry), "unavailable", str(error)) for entry in plan.entries)
         return SizedLibrary(missing, variant, None, chosen.variant is None)
     records: list[SizeRecord] = []

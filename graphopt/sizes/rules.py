@@ -154,6 +154,7 @@ def _computed(node: ir.Node, values: list[np.ndarray]) -> np.ndarray | None:
     try:
         results: Any = ReferenceEvaluator(proto).run(None, dict(zip(names, values, strict=True)))
         made = np.asarray(results[0])
+    # Python of ONNX's, which raises what it likes; then nothing is known of the tail, which is always true.
     except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return None
     return made if made.size == 1 else None

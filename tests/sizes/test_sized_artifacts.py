@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from rich.console import Console
 
 import graphopt
 from graphopt.errors import ArtifactError, DataError, SpecError, TargetError
+from graphopt.model import Signature, TensorSpec
 from graphopt.packaging import package
 from graphopt.report import SizeRecord
 from graphopt.report.html import to_html
@@ -26,6 +28,7 @@ from graphopt.runtime.sized_engine import SizedEngine
 from graphopt.settings import Settings, read_recipe
 from graphopt.sizes import build
 from graphopt.sizes.build import _settled
+from graphopt.sizes.plan import SizePlan
 
 HEADS, WIDTH, WORDS = 2, 32, 50
 FAST = {"tune_seconds": 0.0, "measure_seconds": 0.3, "threads": 1}
@@ -221,6 +224,24 @@ def test_sizes_that_may_not_be_padded_are_refused_at_once(tmp_path):
     with pytest.raises(SpecError, match=r"--sizes batch=1 seq=5..6: seq cannot be padded up to 6: Softmax"):
         graphopt.optimize(tmp_path / "m.onnx", tmp_path / "out", sizes=("seq=4..6",), **FAST)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_that_cannot_be_padded_costs_no_run(monkeypatch):
+    """The exact variant could be; what passes then made of it is known only after hours, perhaps."""
+
+    def refused(*_):
+        raise SpecError("seq cannot be padded")
+
+    monkeypatch.setattr(SizePlan, "proved", refused)
+    signature = Signature((TensorSpec("x", np.dtype("f4"), ("seq",)),), ())
+    plan = SizePlan.of(signature, ["seq=4..8"])
+    variant: Any = SimpleNamespace(model=None)
+    chosen: Any = SimpleNamespace(variant=variant)
+    compiler: Any = SimpleNamespace(work=None)
+    made = build.make_sized(chosen, variant, plan, compiler, compiler)
+    assert made.path is None
+    assert {record.status for record in made.records} == {"unavailable"}
+    assert "cannot be padded" in made.records[0].reason
 
 
 def test_where_sizes_are_not_for(model, tmp_path):
