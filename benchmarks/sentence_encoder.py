@@ -11,7 +11,7 @@
 token_embeddings and sentence_embedding, the mean over the mask of length 1), the same by PyTorch's older exporter with
 the mask that transformers makes, a form that ONNX Runtime's fusions know, and English sentences from Python's own
 language reference (`pydoc_data.topics`), cut to lengths: calibration.npz mixes lengths from 4 to 128 behind a mask,
-sentences-N.npz are others. Which Python exports decides the text.
+sentences-N.npz are others (a length between is the next longer one cut). Which Python exports decides the text.
 
 `race` quantizes with the preset int8 once, compiles the result for each length, and lets it take turns with ONNX
 Runtime's INT8: both exports and the fused one (onnxruntime.transformers.optimizer), each quantized dynamically with one
@@ -132,9 +132,12 @@ def save(file: Path, rows: list[np.ndarray], length: int) -> None:
 
 
 def feeds_of(out: Path, length: int) -> list[dict[str, np.ndarray]]:
-    """One sentence each."""
-    with np.load(out / f"sentences-{length}.npz") as held:
-        return [{name: held[name][i : i + 1] for name in NAMES} for i in range(len(held[NAMES[0]]))]
+    """One sentence each; of a length that was not exported, the next longer ones cut."""
+    exported = min(n for n in LENGTHS if n >= length)
+    with np.load(out / f"sentences-{exported}.npz") as held:
+        arrays = {name: held[name][:, :length].copy() for name in NAMES}
+    arrays["input_ids"][:, -1] = LAST
+    return [{name: array[i : i + 1] for name, array in arrays.items()} for i in range(SENTENCES)]
 
 
 def rivals(out: Path) -> dict[str, Path]:

@@ -9,13 +9,14 @@ and forgets those on other values, where exporters write names that hold for one
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.shapes.dimensions import Dim, Size, floor_divide, truncate_divide
+from graphopt.shapes.dimensions import Dim, Size, floor_divide
+from graphopt.shapes.vectors import STEPS, objects, scalar
 
 Shape = tuple[Size, ...]
 
@@ -77,7 +78,7 @@ class ShapeFacts:
             array = g.constant_of(value)
             small = array is not None and array.ndim <= 1 and array.size <= _LONGEST_VECTOR
             kept = array is not None and small and array.dtype in (np.int64, np.int32)
-            self._contents[value] = _objects(array) if array is not None and kept else None
+            self._contents[value] = objects(array) if array is not None and kept else None
         return self._contents[value]
 
     def are_complete(self, model: ir.Model) -> bool:
@@ -157,6 +158,13 @@ class ShapeFacts:
                 return None
             axis %= len(first)
             return (*first[:axis], *indices, *first[axis + 1 :])
+        if op == "GatherND":
+            indices = self.shape(node.inputs[1])
+            reach = indices[-1] if indices else None
+            rest = first[g.attribute(node, "batch_dims", 0) :]
+            if not indices or not isinstance(reach, int) or not 0 < reach <= len(rest):
+                return None
+            return (*indices[:-1], *rest[reach:])
         if op.startswith("Reduce"):
             return self._reduced(node, first)
         if op == "Expand":
@@ -362,12 +370,12 @@ class ShapeFacts:
             if shape is None:
                 return None
             if op == "Shape":
-                return _objects(shape[slice(g.attribute(node, "start", None), g.attribute(node, "end", None))])
+                return objects(shape[slice(g.attribute(node, "start", None), g.attribute(node, "end", None))])
             total: Size = 1
             for size in shape:
                 total = size * total
-            return _scalar(total)
-        step = _STEPS.get(op)
+            return scalar(total)
+        step = STEPS.get(op)
         if step is None or node.outputs[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
             return None
         operands = [None if v is None else self.content(v) for v in node.inputs]
@@ -447,111 +455,3 @@ def _quotient(total: Size, known: Size) -> Size | None:
             return None
         rest.remove(atom)
     return None if a % b else Dim.named("*".join(rest)) * (a // b) if len(rest) == 1 else a // b if not rest else None
-
-
-def _objects(elements) -> np.ndarray:
-    array = np.empty(np.shape(elements), dtype=object)
-    flat = [e if isinstance(e, Dim) else int(e) for e in np.asarray(elements, dtype=object).reshape(-1)]
-    for k, element in enumerate(flat):
-        array.reshape(-1)[k] = element
-    return array
-
-
-def _scalar(element: Size) -> np.ndarray:
-    array = np.empty((), dtype=object)
-    array[()] = element
-    return array
-
-
-def _axes(node: ir.Node, operands: list, opset: int) -> list[int] | None:
-    if opset >= 13:
-        axes = operands[1] if len(operands) > 1 else None
-        return None if axes is None else [int(a) for a in np.atleast_1d(axes)]
-    axes = g.attribute(node, "axes", None)
-    return None if axes is None else [int(a) for a in axes]
-
-
-def _unsqueeze(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    return operands[0].reshape(1) if operands[0].ndim == 0 and _axes(node, operands, opset) in ([0], [-1]) else None
-
-
-def _squeeze(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    if operands[0].ndim == 0 or _axes(node, operands, opset) not in (None, [0], [-1]):
-        return operands[0] if operands[0].ndim == 0 else None
-    return operands[0].reshape(()) if operands[0].size == 1 else operands[0]
-
-
-def _gather(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    data, indices = operands
-    if data.ndim != 1 or any(isinstance(i, Dim) for i in indices.reshape(-1)):
-        return None
-    picked = data[indices.astype(np.int64)]
-    return picked if isinstance(picked, np.ndarray) else _scalar(picked)
-
-
-def _slice(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    if opset >= 10:
-        starts, ends = operands[1], operands[2]
-        axes = operands[3] if len(operands) > 3 else None
-        steps = operands[4] if len(operands) > 4 else None
-    else:
-        starts, ends = _objects(g.attribute(node, "starts", ())), _objects(g.attribute(node, "ends", ()))
-        axes, steps = None, None
-    step = 1 if steps is None else steps.reshape(-1)[0]
-    if operands[0].ndim != 1 or starts.size != 1 or any(isinstance(x, Dim) for x in (starts[0], ends[0], step)):
-        return None
-    if axes is not None and int(axes[0]) not in (0, -1):
-        return None
-    return operands[0][slice(starts[0], ends[0], step)] if step > 0 else None
-
-
-def _concatenate(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    return np.concatenate(operands) if all(o is not None and o.ndim == 1 for o in operands) else None
-
-
-def _flatten_vector(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    target = list(operands[1].reshape(-1))
-    if target in ([-1], [operands[0].size]):
-        return operands[0].reshape(-1)
-    return operands[0].reshape(()) if not target and operands[0].size == 1 else None
-
-
-def _reduce_product(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    if operands[0].ndim != 1 or (len(operands) > 1 and operands[1] is not None and [*operands[1]] not in ([0], [-1])):
-        return None
-    total: Size = 1
-    for element in operands[0]:
-        total = element * total
-    return _objects([total]) if g.attribute(node, "keepdims", 1) else _scalar(total)
-
-
-def _elementwise(operation: Callable[[Size, Size], Size | None]):
-    def step(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-        left, right = np.broadcast_arrays(operands[0], operands[1])
-        results = [operation(a, b) for a, b in zip(left.reshape(-1), right.reshape(-1), strict=True)]
-        if any(r is None for r in results):
-            return None
-        return _objects(results).reshape(left.shape) if left.ndim else _scalar(results[0])  # type: ignore[arg-type]
-
-    return step
-
-
-def _same(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
-    return operands[0]
-
-
-_STEPS = {
-    "Add": _elementwise(lambda a, b: a + b),
-    "Sub": _elementwise(lambda a, b: a - b),
-    "Mul": _elementwise(lambda a, b: a * b),
-    "Div": _elementwise(truncate_divide),
-    "Cast": _same,
-    "Identity": _same,
-    "Unsqueeze": _unsqueeze,
-    "Squeeze": _squeeze,
-    "Gather": _gather,
-    "Slice": _slice,
-    "Concat": _concatenate,
-    "Reshape": _flatten_vector,
-    "ReduceProd": _reduce_product,
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -77,13 +78,26 @@ def _compile_here(
     folder: Path,
     progress: Progress,
 ) -> None:
+    """Each size starts from what the one before was best with, and has its share of the time that is left."""
     lowered: dict[str, Lowered] = {}
-    for number, (function, inputs) in enumerate(shapes.items(), 1):
-        made = how.target.lower(models.fix_inputs(model, inputs))
-        progress.note(f"size {number} of {len(shapes)}: {', '.join(f'{k}{list(v)}' for k, v in inputs.items())}")
-        share = how.seconds / len(shapes)
-        how.target.tune(made, seconds=share, database=how.database, seed=how.seed, progress=progress)
-        lowered[function] = made
+    hints: dict[str, Mapping[str, Any]] = {}
+    left = how.seconds
+    with how.target.build_pool() if left > 0 else contextlib.nullcontext() as pool:
+        for number, (function, inputs) in enumerate(shapes.items(), 1):
+            made = how.target.lower(models.fix_inputs(model, inputs))
+            progress.note(f"size {number} of {len(shapes)}: {', '.join(f'{k}{list(v)}' for k, v in inputs.items())}")
+            report = how.target.tune(
+                made,
+                seconds=max(left, 0.0) / (len(shapes) - len(lowered)),
+                database=how.database,
+                seed=how.seed,
+                progress=progress,
+                hints=hints,
+                pool=pool,
+            )
+            left -= report.seconds
+            hints |= {row["workload"]: row for row in report.rows}
+            lowered[function] = made
     how.target.build_sized(lowered, folder, plan)
 
 

@@ -7,9 +7,10 @@ kernels -> a shared library.
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ from graphopt.targets.base import Devices, Lowered, Survey, Target, TensorType, 
 
 if TYPE_CHECKING:
     from graphopt.targets.relax import ahead_of_time
+    from graphopt.targets.tuning.build_pool import BuildPool
 
 PRECISIONS = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
@@ -203,8 +205,13 @@ class LlvmTarget(Target):
         fresh: bool = False,
         everything: bool = False,
         devices: Devices | None = None,
+        hints: Mapping[str, Mapping[str, Any]] | None = None,
+        pool: BuildPool | None = None,
     ) -> TuningReport:
         """Search each kernel's space within `seconds`; kernels in `database` need no search.
+
+        `hints`, by kernel: rows of the report on another model with the same kernels, such as this one at another size.
+        `pool`: `build_pool()`, for several models one after another.
 
         For another kind of processor than this machine's, and without `devices`, candidates are counted in the emulator
         instead of timed (`counted_search`); where there is none, the templates' first decisions stand, as they do with
@@ -224,10 +231,23 @@ class LlvmTarget(Target):
         if seconds > 0 and lowered.tiles and elsewhere is None:
             amx_permission.require(f"a kernel for {self}")
         search = Search(
-            lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything, devices=elsewhere
-        )
+            lowered, self, Path(database), seed, progress, fresh=fresh, everything=everything, devices=elsewhere,
+            hints=hints, pool=pool,
+        )  # fmt: skip
         report = search.run(seconds)
         return peak.with_shares(report, self) if seconds > 0 and elsewhere is None else report
+
+    @contextlib.contextmanager
+    def build_pool(self) -> Iterator[BuildPool | None]:
+        """Processes that build candidates, warm, for several calls of `tune`; None where that times none here."""
+        from graphopt.targets.tuning.build_pool import BuildPool
+        from graphopt.targets.tuning.search import usable_processors
+
+        if not self.runs_here:
+            yield None
+            return
+        with BuildPool(usable_processors()) as pool:
+            yield pool
 
     def _tune_by_counting(
         self, lowered: LoweredModel, seconds: float, database: Path, seed: int, progress: Progress

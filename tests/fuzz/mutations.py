@@ -1,128 +1,14 @@
-"""Changes to a model, each where the format has meaning, and to its bytes where it has none."""
+"""Changes to a model, each where the format has meaning."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from random import Random
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from tests.fuzz.corpus import corpus
-
-INTEGERS = (
-    0, 1, -1, 2, 3, 7, 8, 64, 255, 256, -2, -8, 65536, 1 << 20, (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 40,
-    (1 << 62) + 1, (1 << 63) - 1, -(1 << 63),
-)  # fmt: skip
-FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e38, -1e38, float("inf"), float("-inf"), float("nan"), 0.5)
-NAMES = ("", "x", "\u00e9\u4e16\U0001f600", "a/b", "../up", "a b\tc", "n" * 5000, "%s%n{}", "None", "\\", "'", '"')
-LOCATIONS = (
-    "../secret", "/etc/hostname", "sub/../../secret", "link", "hard", "folder", "", ".", "missing", "a\0b", "data",
-    "linked/secret", "fifo",
-)  # fmt: skip
-OPERATORS = [
-    "Add",
-    "Div",
-    "Mod",
-    "Mul",
-    "MatMul",
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "Relu",
-    "Softmax",
-    "Reshape",
-    "Transpose",
-    "Slice",
-    "Concat",
-    "Split",
-    "Pad",
-    "Resize",
-    "Gather",
-    "GatherND",
-    "ScatterND",
-    "Expand",
-    "Tile",
-    "Range",
-    "ConstantOfShape",
-    "Shape",
-    "Squeeze",
-    "Unsqueeze",
-    "ReduceSum",
-    "ReduceMean",
-    "TopK",
-    "NonZero",
-    "Where",
-    "Cast",
-    "Identity",
-    "Clip",
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "BatchNormalization",
-    "LayerNormalization",
-    "InstanceNormalization",
-    "LSTM",
-    "GRU",
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "QLinearMatMul",
-    "QLinearConv",
-    "MatMulInteger",
-    "DynamicQuantizeLinear",
-    "Einsum",
-    "DepthToSpace",
-    "SpaceToDepth",
-    "OneHot",
-    "CumSum",
-    "BitShift",
-    "Pow",
-    "Sequence",
-    "SequenceEmpty",
-    "Optional",
-    "StringNormalizer",
-    "Loop",
-    "If",
-    "Scan",
-    "NoSuchOperator",
-    "Hardmax",
-    "Flatten",
-    "Dropout",
-    "Constant",
-    "GridSample",
-    "RoiAlign",
-    "Det",
-    "Multinomial",
-]
-ATTRIBUTES = [
-    "axis",
-    "axes",
-    "group",
-    "kernel_shape",
-    "strides",
-    "pads",
-    "dilations",
-    "auto_pad",
-    "perm",
-    "to",
-    "epsilon",
-    "alpha",
-    "keepdims",
-    "transA",
-    "hidden_size",
-    "direction",
-    "blocksize",
-    "value",
-    "mode",
-    "noop_with_empty_axes",
-    "num_outputs",
-    "allowzero",
-    "nonsense",
-]
+from tests.fuzz.vocabulary import ATTRIBUTES, FLOATS, INTEGERS, LOCATIONS, NAMES, OPERATORS
 
 Mutation = Callable[[ModelProto, Random], None]
 
@@ -512,58 +398,3 @@ MUTATIONS: tuple[Mutation, ...] = (
     initializer_dropped, declared_type, declared_type, declared_value_info, ends, versions, subgraph, function,
     long_chain, fields_cleared, external,
 )  # fmt: skip
-
-
-def make_case(seed: int, number: int, folder: Path) -> tuple[Path, str]:
-    """Write case `number` of `seed`, always the same, into `folder`; returns the file and what was done."""
-    rng = Random(f"{seed}/{number}")
-    name = rng.choice(sorted(corpus()))
-    model = onnx.load_model_from_string(corpus()[name])
-    done = [name]
-    for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5))):
-        mutation = rng.choice(MUTATIONS)
-        done.append(mutation.__name__)
-        try:
-            mutation(model, rng)
-        except DecodeError:
-            done.append("(too deep)")  # protobuf itself refuses to nest it further
-    content = bytearray(model.SerializeToString())
-    if rng.random() < 0.15:
-        done.append(_damage(content, rng))
-    _surroundings(folder)
-    path = folder / "model.onnx"
-    path.write_bytes(content)
-    return path, " ".join(done)
-
-
-def _damage(content: bytearray, rng: Random) -> str:
-    how = rng.randrange(4)
-    if not content:
-        return "empty"
-    if how == 0:
-        del content[rng.randrange(len(content)) :]
-        return "truncated"
-    if how == 1:
-        for _ in range(rng.choice((1, 3, 20))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        return "bytes changed"
-    if how == 2:
-        at = rng.randrange(len(content))
-        content[at:at] = rng.randbytes(rng.choice((1, 4, 100)))
-        return "bytes inserted"
-    content += content[rng.randrange(len(content)) :]
-    return "bytes repeated"
-
-
-def _surroundings(folder: Path) -> None:
-    """What a location of external data may point at; the secret lies outside."""
-    secret = folder.parent / "secret"
-    if secret.exists() and (folder / "hard").exists():
-        return
-    secret.write_bytes(b"\x3f\x80\x00\x00" * 1024)
-    (folder / "data").write_bytes(b"\x00\x00\x80\x3f" * 1024)
-    (folder / "folder").mkdir()
-    (folder / "link").symlink_to(secret)
-    (folder / "linked").symlink_to(folder.parent)
-    os.link(secret, folder / "hard")
-    os.mkfifo(folder / "fifo")

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+from tests.fuzz.cases import make_case
 from tests.fuzz.corpus import corpus
-from tests.fuzz.mutations import MUTATIONS, make_case
+from tests.fuzz.mutations import MUTATIONS
 from tests.fuzz.runner import run_cases
 
 CASES = 300

@@ -22,7 +22,7 @@ from graphopt.plugins import parse_target
 from graphopt.rehearsal import rehearse
 from graphopt.samples import random_feeds
 from graphopt.verify import Reference
-from tests.fuzz.mutations import make_case
+from tests.fuzz.cases import make_case
 
 MEMORY_BYTES = 6 << 30
 RUN_LIMIT_S = 5.0

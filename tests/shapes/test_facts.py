@@ -36,6 +36,7 @@ NODES = [
     "Expand (x, thrice)",
     "Pad (x, pads)",
     "Gather <axis = 1> (x, indices)",
+    "GatherND (x, place)",
     "MatMul (square, x)",
     "Slice (x, axis, two, axis)",
 ]
@@ -60,7 +61,7 @@ def test_shapes_are_what_the_runtime_makes(node):
     model = parse(f"""g (float[N, 2, H] x) => (int64[R] s)
     <float[2, 2, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, int64[3] zero_one = {{0, 1, -1}}, int64[1] flat = {{-1}},
      int64[1] axis = {{1}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 2, 1}}, int64[6] pads = {{0, 1, 2, 0, 0, 3}},
-     int64[2, 2] indices = {{0, 1, 1, 0}}, float[3, 2] square = {{1, 2, 3, 4, 5, 6}}> {{
+     int64[2, 2] indices = {{0, 1, 1, 0}}, int64[1, 2] place = {{0, 1}}, float[3, 2] square = {{1, 2, 3, 4, 5, 6}}> {{
         y = {node} s = Shape(y) }}""")
     infer_shapes(model)
     shape = ShapeFacts(model).shape(model.graph[0].outputs[0])

@@ -30,8 +30,8 @@ from tests.targets.oracle import TARGET, close, compiled, model, node, reference
 PROCESSORS = search.usable_processors()
 
 
-def _network():
-    x = uniform(1, 1, 16, 8, 8)
+def _network(size: int = 8):
+    x = uniform(1, 1, 16, size, size)
     constants = {"w": uniform(2, 32, 16, 3, 3), "d": uniform(3, 32, 1, 3, 3), "v": uniform(4, 16, 32, 1, 1)}
     nodes = [
         node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
@@ -220,6 +220,44 @@ def test_a_compiler_process_that_dies_is_replaced():
         assert not results["alive"].problem
         assert os.path.getsize(results["alive"].library) > 0
         assert pool.next_result(0) is None
+
+
+def test_a_pool_serves_several_searches_one_after_another(tmp_path, quick):
+    made, _ = _network()
+    with TARGET.build_pool() as pool:
+        assert pool is not None
+        first = TARGET.tune(TARGET.lower(made), seconds=0.05, database=tmp_path / "one.jsonl", pool=pool)
+        assert first.stopped_early
+        assert pool.in_flight == 0
+        lowered = TARGET.lower(_network(10)[0])
+        second = TARGET.tune(lowered, seconds=120, database=tmp_path / "two.jsonl", pool=pool)
+        assert not second.stopped_early
+        assert pool.in_flight == 0
+    found = Database(tmp_path / "two.jsonl", shipped=None)
+    tasks = find_tasks(lowered, TARGET, None)
+    assert {key for key, _ in found} == {each.key for each in tasks}
+
+
+def test_what_another_size_was_best_with_is_tried_first_and_stands_without_time(tmp_path):
+    near, far = TARGET.lower(_network(8)[0]), TARGET.lower(_network(10)[0])
+    rows = {}
+    for each in find_tasks(near, TARGET, None):
+        last = [choice for choice in each.choices if choice.template == each.choices[0].template][-1]
+        decision = dict(last.decision)
+        rows[each.names[0]] = {"template": last.template, "decision": decision, "time_us": 1.0}
+    report = TARGET.tune(far, seconds=0, database=tmp_path / "none.jsonl", hints=rows)
+    assert report.trials == 0
+    taken = 0
+    for each in find_tasks(far, TARGET, None):
+        row = rows[each.names[0]]
+        template, decision = far.decisions[each.names[0]]
+        assert (template, decision) in [(choice.template, choice.decision) for choice in each.choices]
+        taken += (template, decision) == (row["template"], row["decision"])
+    assert taken
+    untimed = {name: {**row, "time_us": None} for name, row in rows.items()}
+    default = TARGET.lower(_network(10)[0])
+    TARGET.tune(default, seconds=0, database=tmp_path / "none.jsonl", hints=untimed)
+    assert default.decisions != far.decisions
 
 
 def test_workers_stop_while_a_kernel_is_timed():

@@ -17,20 +17,18 @@ from graphopt.targets.relax.rows import Rows
 from graphopt.targets.relax.values import ELEMENTWISE, OPAQUE, Builder, Value
 
 
-class RowSum(Value):
-    """Rows in blocks plus a value of the same shape in ONNX's layout; added when somebody reads it."""
+class Deferred(Value):
+    """A float32 value that is computed when somebody reads it."""
 
-    def __init__(self, builder: Builder, rows: Rows, other: Value):
-        self._builder, self.rows, self.other = builder, rows, other
+    def __init__(self, shape: tuple[int, ...] | None):
         self._plain: Any = None
-        super().__init__(rows.shape, "float32")
+        super().__init__(shape, "float32")
 
     @property
     def plain(self) -> Any:  # type: ignore[override]
-        """The sum, as an operator of its own."""
+        """The value in ONNX's layout, as a Relax expression."""
         if self._plain is None:
-            readable = self._builder.readable
-            self._plain = self._builder.combine("add", readable(self.rows), readable(self.other))
+            self._plain = self._made()
         return self._plain
 
     @plain.setter
@@ -40,7 +38,28 @@ class RowSum(Value):
     @property
     def waits(self) -> bool:
         """Whether nobody has read it yet."""
-        return self._plain is None and self.rows.in_blocks
+        return self._plain is None
+
+    def _made(self) -> Any:
+        raise NotImplementedError
+
+
+class RowSum(Deferred):
+    """Rows in blocks plus a value of the same shape in ONNX's layout; added when somebody reads it."""
+
+    def __init__(self, builder: Builder, rows: Rows, other: Value):
+        self._builder, self.rows, self.other = builder, rows, other
+        super().__init__(rows.shape)
+
+    def _made(self) -> Any:
+        """The sum, as an operator of its own."""
+        readable = self._builder.readable
+        return self._builder.combine("add", readable(self.rows), readable(self.other))
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody has read it yet, and its blocks are still there."""
+        return super().waits and self.rows.in_blocks
 
 
 def row_sum(builder: Builder, a: Value, b: Value) -> RowSum | None:
@@ -73,29 +92,15 @@ class Normalization:
     epsilon: float
 
 
-class Normalized(Value):
+class Normalized(Deferred):
     """The result of a layer normalization, computed when somebody reads it."""
 
     def __init__(self, builder: Builder, made_by: Normalization, shape: tuple[int, ...]):
         self._builder, self._made_by = builder, made_by
-        self._plain: Any = None
-        super().__init__(shape, "float32")
+        super().__init__(shape)
 
-    @property
-    def plain(self) -> Any:  # type: ignore[override]
-        """The result in float32."""
-        if self._plain is None:
-            self._plain = self._shaped(self._emit(None))
-        return self._plain
-
-    @plain.setter
-    def plain(self, value: Any) -> None:
-        self._plain = value
-
-    @property
-    def waits(self) -> bool:
-        """Whether nobody has read it yet."""
-        return self._plain is None
+    def _made(self) -> Any:
+        return self._shaped(self._emit(None))
 
     def quantized(self, factors: np.ndarray, zero_point: int, dtype: str) -> Value:
         """The result times one factor a column, (columns,), rounded to bytes."""
@@ -148,26 +153,18 @@ class Normalized(Value):
         return tuple(builder.emit(relax.TupleGetItem(made, i)) for i in range(2))
 
 
-class Scaled(Value):
+class Scaled(Deferred):
     """A layer normalization's result times a constant for each column; multiplied when somebody reads it."""
 
     def __init__(self, builder: Builder, source: Normalized, factors: np.ndarray):
         self._builder, self.source, self.factors = builder, source, factors
-        self._plain: Any = None
-        super().__init__(source.shape, "float32")
+        super().__init__(source.shape)
 
-    @property
-    def plain(self) -> Any:  # type: ignore[override]
+    def _made(self) -> Any:
         """The product, as an operator of its own."""
-        if self._plain is None:
-            builder = self._builder
-            times = Value(self.factors.shape, "float32", const=self.factors)
-            self._plain = builder.combine("multiply", builder.readable(self.source), builder.readable(times))
-        return self._plain
-
-    @plain.setter
-    def plain(self, value: Any) -> None:
-        self._plain = value
+        builder = self._builder
+        times = Value(self.factors.shape, "float32", const=self.factors)
+        return builder.combine("multiply", builder.readable(self.source), builder.readable(times))
 
 
 def scaled(builder: Builder, a: Value, b: Value) -> Value | None:

@@ -79,7 +79,8 @@ class Worker:
 class BuildPool:
     """A context: workers on all `processors` this process may use.
 
-    `submit` and `next_result` go together; `quiet` stops as many workers as the timing needs processors.
+    `submit` and `next_result` go together; `quiet` stops as many workers as the timing needs processors. One pool
+    serves several searches, one after another: a worker takes seconds to load TVM.
     """
 
     def __init__(self, processors: list[int]):
@@ -123,6 +124,11 @@ class BuildPool:
                 return None
             ready = selector.select(timeout_s)
         return ready[0][0].data.result() if ready else None
+
+    def drain(self) -> None:
+        """Wait for what is being built and forget it: the next search shall not be given it."""
+        while self.next_result() is not None:
+            pass
 
     @contextlib.contextmanager
     def quiet(self, threads: int) -> Iterator[None]:

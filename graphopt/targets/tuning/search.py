@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class Search:
 
     `fresh` searches again what the database knows. `everything` also times kernels that have no choice, so that the
     report's rows add up to a run of the model. `devices` time candidates in this machine's place.
+    `hints`: by kernel, the row of a report on the same kernels of other sizes: what to try first. `pool`: workers
+    that serve further searches.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Search:
         fresh: bool = False,
         everything: bool = False,
         devices: RemoteDevices | None = None,
+        hints: Mapping[str, Mapping[str, Any]] | None = None,
+        pool: BuildPool | None = None,
     ):
         self.lowered = lowered
         self.target = target
@@ -73,6 +77,11 @@ class Search:
         self._device = "" if devices is None else devices.device.fingerprint
         self._device_name = "" if devices is None else devices.device.name
         self.tasks = find_tasks(lowered, target, None if fresh else self.database, everything, self._device)
+        for task in self.tasks:
+            row = next((hints[name] for name in task.names if name in hints), None) if hints else None
+            if row is not None and row["time_us"] is not None and task.known is None:
+                task.suggest(schedules.Choice(row["template"], row["decision"]))
+        self._pool = pool
         self._seed = seed
         self._timer: Timer | None = None
         self._recorded: dict[int, int] = {}
@@ -103,7 +112,7 @@ class Search:
     def _explore(self, deadline: float, advance: Advance) -> bool:
         """Build and time candidates; False when time ran out before all searches had ended."""
         open_tasks = self._unfinished(self.tasks)
-        with BuildPool(usable_processors()) as pool, contextlib.closing(self._timing(pool)) as timer:
+        with self._workers() as pool, contextlib.closing(self._timing(pool)) as timer:
             self._timer = timer
             while True:
                 left = deadline - time.perf_counter()
@@ -128,6 +137,15 @@ class Search:
                 if time.perf_counter() - self._flushed > FLUSH_S:
                     self._flushed = time.perf_counter()
                     self._record_all()
+
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[BuildPool]:
+        if self._pool is None:
+            with BuildPool(usable_processors()) as pool:
+                yield pool
+            return
+        yield self._pool
+        self._pool.drain()
 
     def _timing(self, pool: BuildPool) -> Timer:
         if self.devices is not None:

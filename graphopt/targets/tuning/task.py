@@ -179,6 +179,20 @@ class Task:
             self.choices = [*self.choices, wanted]
         self.start_from(record)
 
+    def suggest(self, choice: Choice) -> None:
+        """Try what the kernel was best with at another size, or what differs from it in one field; where nothing else
+        is known, it stands even if there is no time to try it. Only what this space offers: not every tile fits.
+        """
+        near = [(_differing(each.decision, choice.decision), position) for position, each in enumerate(self.choices)
+                if each.template == choice.template]  # fmt: skip
+        if not near or min(near)[0] > 1:
+            return
+        position = min(near)[1]
+        if not self.hints:
+            self.best = position
+        if position not in self.hints:
+            self.hints.append(position)
+
     def resume(self, record: Record) -> None:
         """Go on from an unfinished record of this very key: what it tried stays tried, its best is timed again."""
         self.start_from(record)
