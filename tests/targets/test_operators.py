@@ -39,6 +39,17 @@ def test_pooling(kind, channels, size, kernel, strides, pads, ceil, include):
     agree(model([node(kind, ["x"], ["y"], **attributes)], {"x": x}, ["y"]), {"x": x}, sum_tolerance(16))
 
 
+@pytest.mark.parametrize(
+    ("op", "noop"),
+    [(op, noop) for op in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd") for noop in (0, 1)]
+    + [(op, 0) for op in ("ReduceL1", "ReduceL2", "ReduceSumSquare")],  # with noop ONNX Runtime drops the abs or square
+)
+def test_axes_that_are_empty_mean_what_no_axes_mean(op, noop):
+    x, axes = uniform(1, 2, 3, 4), {"axes": np.zeros(0, np.int64)}
+    made = model([node(op, ["x", "axes"], ["y"], noop_with_empty_axes=noop)], {"x": x}, ["y"], axes, opset=18)
+    agree(made, {"x": x}, sum_tolerance(24))
+
+
 UNARY = {
     "Relu": {},
     "LeakyRelu": {"alpha": 0.2},

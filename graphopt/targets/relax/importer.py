@@ -230,7 +230,7 @@ class Importer:
 
     def node(self, node: onnx.NodeProto) -> None:
         """Import one node. Raises TargetError."""
-        inputs = [self.values[name] if name else None for name in node.input]
+        inputs = nodes.without_empty_axes(node, [self.values[name] if name else None for name in node.input])
         self.builder.layer = nodes.label(node)
         guard.at(f"node {nodes.label(node)!r} ({node.op_type})")
         results = self._folded(node, inputs)

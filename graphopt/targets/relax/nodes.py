@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from graphopt.errors import TargetError
+
+if TYPE_CHECKING:
+    from graphopt.targets.relax.values import Value
 
 STAYS = "the model can stay on ONNX Runtime"
 
@@ -26,6 +30,16 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
         value = onnx.helper.get_attribute_value(attribute)
         found[attribute.name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def without_empty_axes(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> list[Value | None]:
+    """A reduction's operands, without axes that are empty: that means what none at all mean, and TVM has no constants
+    of no elements."""
+    if node.op_type.startswith("Reduce") and len(inputs) > 1:
+        axes = inputs[1]
+        if axes is not None and axes.const is not None and not axes.const.size:
+            return [inputs[0], None]
+    return list(inputs)
 
 
 def dynamic(node: onnx.NodeProto) -> TargetError:
