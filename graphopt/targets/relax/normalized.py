@@ -14,34 +14,7 @@ import numpy as np
 
 from graphopt.targets.relax import elementwise
 from graphopt.targets.relax.rows import Rows
-from graphopt.targets.relax.values import ELEMENTWISE, OPAQUE, Builder, Value
-
-
-class Deferred(Value):
-    """A float32 value that is computed when somebody reads it."""
-
-    def __init__(self, shape: tuple[int, ...] | None):
-        self._plain: Any = None
-        super().__init__(shape, "float32")
-
-    @property
-    def plain(self) -> Any:  # type: ignore[override]
-        """The value in ONNX's layout, as a Relax expression."""
-        if self._plain is None:
-            self._plain = self._made()
-        return self._plain
-
-    @plain.setter
-    def plain(self, value: Any) -> None:
-        self._plain = value
-
-    @property
-    def waits(self) -> bool:
-        """Whether nobody has read it yet."""
-        return self._plain is None
-
-    def _made(self) -> Any:
-        raise NotImplementedError
+from graphopt.targets.relax.values import ELEMENTWISE, OPAQUE, Builder, Deferred, Value
 
 
 class RowSum(Deferred):
@@ -49,7 +22,7 @@ class RowSum(Deferred):
 
     def __init__(self, builder: Builder, rows: Rows, other: Value):
         self._builder, self.rows, self.other = builder, rows, other
-        super().__init__(rows.shape)
+        super().__init__(rows.shape, "float32")
 
     def _made(self) -> Any:
         """The sum, as an operator of its own."""
@@ -97,7 +70,7 @@ class Normalized(Deferred):
 
     def __init__(self, builder: Builder, made_by: Normalization, shape: tuple[int, ...]):
         self._builder, self._made_by = builder, made_by
-        super().__init__(shape)
+        super().__init__(shape, "float32")
 
     def _made(self) -> Any:
         return self._shaped(self._emit(None))
@@ -158,7 +131,7 @@ class Scaled(Deferred):
 
     def __init__(self, builder: Builder, source: Normalized, factors: np.ndarray):
         self._builder, self.source, self.factors = builder, source, factors
-        super().__init__(source.shape)
+        super().__init__(source.shape, "float32")
 
     def _made(self) -> Any:
         """The product, as an operator of its own."""

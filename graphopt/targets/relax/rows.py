@@ -13,7 +13,7 @@ from typing import Any
 
 from graphopt.targets.relax import integer_computes
 from graphopt.targets.relax.emitters import Emitter, Inputs, Node
-from graphopt.targets.relax.values import INJECTIVE, Builder, Encoded, Value
+from graphopt.targets.relax.values import INJECTIVE, Builder, Deferred, Encoded, Value
 
 ELEMENTWISE_OPERATORS = frozenset(
     ["Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu", "Identity",
@@ -23,34 +23,22 @@ TO_PICTURE = (0, 3, 1, 2)
 """The transposition from (N, H, W, C) to ONNX's pictures (N, C, H, W)."""
 
 
-class Rows(Value):
+class Rows(Deferred):
     """A value (..., N) whose forms are those of `image`, a picture (1, N, 1, M)."""
 
     def __init__(self, builder: Builder, image: Value, shape: tuple[int, ...]):
         self._builder, self.image = builder, image
-        self._plain: Any = None
         known = image.encoded
         encoded = None
         if known is not None:
             encoded = Encoded(Rows(builder, known.source, shape), known.scale, known.zero_point)
         super().__init__(shape, image.dtype, encoded=encoded, fuses=image.fuses, readers=image.readers)
 
-    @property
-    def plain(self) -> Any:  # type: ignore[override]
-        """The value in ONNX's layout."""
-        if self._plain is None:
-            if self.encoded is not None:
-                self._plain = self._builder.decoded(self.encoded, self._builder.moved(self.encoded.source))
-            else:
-                stored = self._builder.blocked(self.image)
-                self._plain = self._builder.call(
-                    integer_computes.unblock_rows, stored, shape=self.shape, pattern=INJECTIVE
-                )
-        return self._plain
-
-    @plain.setter
-    def plain(self, value: Any) -> None:
-        self._plain = value
+    def _made(self) -> Any:
+        if self.encoded is not None:
+            return self._builder.decoded(self.encoded, self._builder.moved(self.encoded.source))
+        stored = self._builder.blocked(self.image)
+        return self._builder.call(integer_computes.unblock_rows, stored, shape=self.shape, pattern=INJECTIVE)
 
     @property
     def fuses(self) -> bool:  # type: ignore[override]
@@ -71,7 +59,7 @@ class Rows(Value):
     @property
     def in_blocks(self) -> bool:
         """False when somebody has asked for ONNX's layout: then that is there, and blocks may not be."""
-        return self._plain is None
+        return self.waits
 
     def reshaped(self, shape: tuple[int, ...]) -> Rows | None:
         """The same rows counted otherwise; None where rows themselves would change."""

@@ -12,6 +12,7 @@ float32; who asks for the value decides what becomes of it:
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -190,6 +191,32 @@ class Value:
     def has_filler(self) -> bool:
         """True when the blocked form has padded channels."""
         return self.lanes > 0 and self.channels % self.lanes != 0
+
+
+class Deferred(Value, abc.ABC):
+    """A value whose form in ONNX's layout is made when somebody reads it, once."""
+
+    _plain: Any
+
+    @property
+    def plain(self) -> Any:  # type: ignore[override]
+        """The value in ONNX's layout, as a Relax expression."""
+        if self._plain is None:
+            self._plain = self._made()
+        return self._plain
+
+    @plain.setter
+    def plain(self, value: Any) -> None:
+        self._plain = value
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody has read it yet."""
+        return self._plain is None
+
+    @abc.abstractmethod
+    def _made(self) -> Any:
+        """The form in ONNX's layout."""
 
 
 class Builder:

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from graphopt.targets.relax.emitters import Inputs, Node, emits
 from graphopt.targets.relax.rows import Rows
-from graphopt.targets.relax.values import INJECTIVE, Builder, Value, element_type
+from graphopt.targets.relax.values import INJECTIVE, Builder, Deferred, Value, element_type
 
 
 class Base:
@@ -36,14 +36,13 @@ class Base:
         return self.tensor if shape == self.shape else self._builder.reshape(self.tensor, shape)
 
 
-class Strided(Value):
+class Strided(Deferred):
     """A float32 value whose elements are those of `base` times `factor`."""
 
     def __init__(self, builder: Builder, base: Base, places: np.ndarray, offset: int = 0, factor: float = 1.0):
         self._builder, self.base, self.offset, self.factor = builder, base, offset, factor
         self.places = places
         """Never read: its shape and strides (in elements) are this value's."""
-        self._plain: Any = None
         super().__init__(tuple(places.shape), "float32")
 
     @property
@@ -51,29 +50,20 @@ class Strided(Value):
         whole = self.offset == 0 and self.places.size == int(np.prod(self.base.shape))
         return whole and self.factor == 1.0 and bool(self.places.flags.c_contiguous)
 
-    @property
-    def plain(self) -> Any:  # type: ignore[override]
-        """The value in a layout of its own."""
-        if self._plain is None:
-            shape = tuple(self.places.shape)
-            if self._in_order:
-                self._plain = self.base.shaped(shape)
-            else:
-                self._plain = self._builder.call(
-                    copied,
-                    self.base.flat,
-                    shape=shape,
-                    strides=self.places.strides,
-                    offset=self.offset,
-                    factor=self.factor,
-                    pattern=INJECTIVE,
-                    name="transpose",
-                )
-        return self._plain
-
-    @plain.setter
-    def plain(self, value: Any) -> None:
-        self._plain = value
+    def _made(self) -> Any:
+        shape = tuple(self.places.shape)
+        if self._in_order:
+            return self.base.shaped(shape)
+        return self._builder.call(
+            copied,
+            self.base.flat,
+            shape=shape,
+            strides=self.places.strides,
+            offset=self.offset,
+            factor=self.factor,
+            pattern=INJECTIVE,
+            name="transpose",
+        )
 
     def with_places(self, places: np.ndarray, offset: int = 0) -> Strided:
         """Another view of the same base, its first element `offset` further on."""
