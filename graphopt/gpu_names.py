@@ -1,7 +1,8 @@
 """NVIDIA's GPU architectures, what each can do, and the cards and boards that have them.
 
 Features: `tensor_fp16`, `tensor_int8`, `tensor_bf16`, `tensor_tf32`, `tensor_fp8` (matrix units for these types),
-`cp_async` (copies from memory to shared memory past the registers), `wgmma` (products of whole warp groups).
+`cp_async` (copies from memory to shared memory past the registers), `wgmma` (products of whole warp groups), `clusters`
+(blocks that read each other's shared memory).
 
 Source: CUDA C++ Programming Guide, "Compute Capabilities" (table of technical specifications per compute capability);
 NVIDIA's data sheets of the cards.
@@ -45,8 +46,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sm_86": Architecture("Ampere", _AMPERE, 1536, 16, 100 << 10),
     "sm_87": Architecture("Ampere", _AMPERE, 1536, 16, 164 << 10),
     "sm_89": Architecture("Ada", _ADA, 1536, 24, 100 << 10),
-    "sm_90": Architecture("Hopper", _ADA | {"wgmma"}, 2048, 32, 228 << 10),
-    "sm_100": Architecture("Blackwell", _ADA, 2048, 32, 228 << 10),
+    "sm_90": Architecture("Hopper", _ADA | {"wgmma", "clusters"}, 2048, 32, 228 << 10),
+    "sm_100": Architecture("Blackwell", _ADA | {"clusters"}, 2048, 32, 228 << 10),
     "sm_120": Architecture("Blackwell", _ADA, 1536, 32, 100 << 10),
 }
 """By the name that `nvcc -arch` takes."""

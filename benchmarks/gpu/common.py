@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "style_transfer": {"input": (1, 3, 256, 256)},
 }
 """Input shapes of the shared CNNs by name; other models have fixed ones, or get a batch of one."""
+PIXELS = frozenset({"yolox_nano", "style_transfer"})
+"""Models that take pixels from 0 to 255: to them, standard normal numbers are a black picture, and what they make of it
+says little."""
 CALIBRATION_SAMPLES = 8
 
 
@@ -45,6 +49,8 @@ class Built:
     """A library of one model in one precision and batch, and the model it was made of."""
 
     folder: Path
+    path: Path
+    """Of the model as it came."""
     model: ir.Model
     """float32, or quantized."""
     feeds: dict[str, np.ndarray]
@@ -72,45 +78,50 @@ def with_batch(path: Path, batch: int) -> ir.Model:
     return models.fix_inputs(original, {name: (batch, *shape[1:]) for name, shape in shapes.items()})
 
 
-def noise(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray]:
-    """Standard normal inputs (whole numbers up to 200 for integer inputs)."""
+def noise(model: ir.Model, path: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Standard normal inputs; whole numbers up to 200 for integer inputs and those of `PIXELS`."""
     rng = np.random.default_rng(seed)
     feeds = {}
     for spec in models.signature(model).inputs:
         shape, dtype = tuple(int(str(d)) for d in spec.shape), np.dtype(spec.dtype)
-        array = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 200, shape)
+        normal = dtype.kind == "f" and path.stem not in PIXELS
+        array = rng.standard_normal(shape) if normal else rng.integers(0, 200, shape)
         feeds[spec.name] = array.astype(dtype)
     return feeds
 
 
-def build(path: Path, precision: str, batch: int, target: Cuda, out: Path, calib: str | None = None) -> Built:
-    """Build below `out`, once. Raises GraphoptError."""
+def build(
+    path: Path, precision: str, batch: int, target: Cuda, out: Path, calib: str | None = None, seconds: float = 0
+) -> Built:
+    """Build below `out`, once; kernels measured for at most `seconds` on this machine's GPU. Raises GraphoptError."""
     model = with_batch(path, batch)
-    feeds = noise(model)
+    feeds = noise(model, path)
     options: dict[str, Any] = {"arch": target.gpu_arch, "host": target.host_arch}
     if precision == "int8":
-        model = quantized(model, Cuda(**options), calib)
+        model = quantized(model, path, Cuda(**options), calib)
     wanted = Cuda(**options, precision="float16" if precision == "fp16" else "float32")
-    folder = out / f"{path.stem}-{precision}-{batch}-{wanted.gpu_arch}"
+    folder = out / f"{path.stem}-{precision}-{batch}-{wanted.gpu_arch}{'-tuned' if seconds else ''}"
     if not (folder / "engine.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         lowered = wanted.lower(model)
-        report = wanted.tune(lowered, seconds=0, database=folder / "schedules.jsonl")
+        report = wanted.tune(lowered, seconds=seconds, database=out / "schedules.jsonl")
         wanted.build(lowered, folder)
         (folder / "choices.json").write_text(json.dumps([dict(row) for row in report.rows], indent=1))
-    return Built(folder, model, feeds)
+    return Built(folder, path, model, feeds)
 
 
-def quantized(model: ir.Model, target: Cuda, calib: str | None) -> ir.Model:
+def quantized(model: ir.Model, path: Path, target: Cuda, calib: str | None = None) -> ir.Model:
     """By `quantize-int8`, calibrated on `calib` or, which is enough for comparing engines, on noise."""
     signature = models.signature(model)
-    data = (
-        calibration.random_dataset(signature, CALIBRATION_SAMPLES, 0)
-        if calib is None
-        else calibration.load_dataset(calib, signature, None)
-    )
-    context = Context(target.capabilities, data=data)
-    return Pipeline.parse("simplify,fold-batch-norm,quantize-int8").run(model, context)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        if calib is None:
+            samples = [noise(model, path, seed) for seed in range(100, 100 + CALIBRATION_SAMPLES)]
+            calib = f"{folder}/noise.npz"
+            arrays = {name: np.concatenate([each[name] for each in samples]) for name in samples[0]}
+            np.savez(calib, **arrays)  # pyright: ignore[reportArgumentType]
+        data = calibration.load_dataset(calib, signature, None)
+        context = Context(target.capabilities, data=data)
+        return Pipeline.parse("simplify,fold-batch-norm,quantize-int8").run(model, context)[0]
 
 
 def parse_list(text: str) -> list[str]:

@@ -3,7 +3,7 @@
 
     python benchmarks/gpu/latency.py [MODEL.onnx ...] [--zoo resnet18,resnet50,mobilenet_v2] [--batches 1,8,64]
         [--precisions fp32,fp16,int8] [--target cuda{arch=sm_90}] [--rounds 7] [--out OUT] [--seconds 540]
-        [--build-only]
+        [--tune SECONDS] [--torch eager,compile] [--build-only]
 
 `--zoo` takes torchvision's architectures with seeded random weights: they are exported to ONNX below OUT, and torch
 runs them as they are. Other models have no torch beside them. Contenders take turns, round by round; a round is as many
@@ -51,8 +51,8 @@ def graphopt_contender(built: common.Built, precision: str) -> Contender:
     return Contender(f"graphopt {precision}", engine.compute, engine.wait)
 
 
-def torch_contenders(name: str, batch: int, side: int) -> list[Contender]:
-    """Empty where there is no torch with CUDA."""
+def torch_contenders(name: str, batch: int, side: int, modes: list[str]) -> list[Contender]:
+    """Empty where there is no torch with CUDA. `modes`: `eager`, `compile`, or both."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -69,11 +69,11 @@ def torch_contenders(name: str, batch: int, side: int) -> list[Contender]:
 
         return start
 
-    compiled = torch.compile(model, mode="max-autotune")
-    return [
-        Contender("torch eager fp16", run(model), torch.cuda.synchronize),
-        Contender("torch.compile fp16", run(compiled), torch.cuda.synchronize),
-    ]
+    found = [Contender("torch eager fp16", run(model), torch.cuda.synchronize)] if "eager" in modes else []
+    if "compile" in modes:
+        compiled = torch.compile(model, mode="max-autotune")
+        found.append(Contender("torch.compile fp16", run(compiled), torch.cuda.synchronize))
+    return found
 
 
 def zoo_model(name: str):
@@ -157,6 +157,8 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=224, help="of the pictures that --zoo models take")
     parser.add_argument("--out", type=Path, default=Path("gpu-checks"))
     parser.add_argument("--seconds", type=float, default=540.0, help="after these, what is left says 'not run'")
+    parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS", help="measure kernels of each model")
+    parser.add_argument("--torch", default="eager,compile", help="how torch runs --zoo models")
     parser.add_argument("--build-only", action="store_true")
     arguments = parser.parse_args()
     target = parse_target(arguments.target)
@@ -173,7 +175,7 @@ def main() -> int:
                 lines.append(f"| {path.stem} | {batch} | not run | | |")
                 continue
             try:
-                made = {p: common.build(path, p, batch, target, arguments.out) for p in
+                made = {p: common.build(path, p, batch, target, arguments.out, seconds=arguments.tune) for p in
                         common.parse_list(arguments.precisions)}  # fmt: skip
                 if arguments.build_only:
                     continue
@@ -184,7 +186,7 @@ def main() -> int:
                 continue
             contenders += onnxruntime_contender(path, next(iter(made.values())))
             if path.stem in zoo:
-                contenders += torch_contenders(path.stem, batch, arguments.side)
+                contenders += torch_contenders(path.stem, batch, arguments.side, common.parse_list(arguments.torch))
             for name, times in race(contenders, arguments.rounds).items():
                 lines.append(row(path.stem, batch, name, times))
                 raw.append({"model": path.stem, "batch": batch, "contender": name, "seconds": times})

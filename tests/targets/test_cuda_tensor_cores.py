@@ -50,6 +50,7 @@ def drawn_decisions(rng: np.random.Generator, lowered, target: Cuda) -> set[str]
 
 
 def emulated(target: Cuda, lowered, folder: Path, feeds, monkeypatch):
+    monkeypatch.setenv("GRAPHOPT_EMULATED_ARCH", target.gpu_arch[3:])
     monkeypatch.setattr(nvcc, "compile_source", cuda_emulator.compile_source)
     target.build(lowered, folder)
     return cuda_emulator.run(folder, feeds)
@@ -57,8 +58,11 @@ def emulated(target: Cuda, lowered, folder: Path, feeds, monkeypatch):
 
 @needs_emulator
 @pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("arch", [pytest.param("sm_75", marks=pytest.mark.long), "sm_80", "sm_90"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
-def test_every_tile_computes_the_convolution(seed, precision, tmp_path, monkeypatch):
+def test_every_tile_computes_the_convolution(seed, arch, precision, tmp_path, monkeypatch):
+    if (arch, precision) == ("sm_75", "bfloat16"):
+        pytest.skip("sm_75 does not have it")
     rng = np.random.default_rng(seed)
     channels = (24, 3, 19)[seed]
     x = uniform(seed, int(rng.integers(1, 4)), channels, 11, 14)
@@ -69,7 +73,7 @@ def test_every_tile_computes_the_convolution(seed, precision, tmp_path, monkeypa
     nodes += [node("Flatten", ["x"], ["f"]), node("MatMul", ["f", "m"], ["y"])]
     constants["m"] = uniform(99, channels * 11 * 14, 21)
     made = model(nodes, {"x": x}, [*(f"y{i}" for i in range(LAYERS)), "y"], constants)
-    target = Cuda(arch="sm_80", precision=precision)
+    target = Cuda(arch=arch, precision=precision)
     lowered = target.lower(made)
     assert len(drawn_decisions(rng, lowered, target)) >= LAYERS
     # x, w and the result are rounded, each by at most eps / 2 of its own; the products' errors add up at random and
@@ -79,19 +83,21 @@ def test_every_tile_computes_the_convolution(seed, precision, tmp_path, monkeypa
 
 
 @needs_emulator
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_bytes_are_multiplied_exactly(seed, tmp_path, monkeypatch):
+def test_bytes_are_multiplied_exactly(seed, arch, tmp_path, monkeypatch):
     rng = np.random.default_rng(seed)
-    x = rng.integers(-128, 128, (2, 20, 9, 12)).astype(np.int8)
+    channels = (20, 48)[seed]
+    x = rng.integers(-128, 128, (2, channels, 9, 12)).astype(np.int8)
     constants = {"s": np.float32(1), "z": np.int8(-7), "wz": np.zeros((), np.int8)}
     nodes, wanted = [node("DequantizeLinear", ["x", "s", "z"], ["d"])], {}
-    for i, (attributes, shape) in enumerate(drawn_layers(rng, 20)):
+    for i, (attributes, shape) in enumerate(drawn_layers(rng, channels)):
         constants[f"w{i}"] = rng.integers(-127, 128, shape).astype(np.int8)
         nodes += [node("DequantizeLinear", [f"w{i}", "s", "wz"], [f"v{i}"]),
                   node("Conv", ["d", f"v{i}"], [f"y{i}"], **attributes)]  # fmt: skip
         wanted[f"y{i}"] = integer_conv(x, constants[f"w{i}"], -7, **attributes).astype(np.float32)
     made = model(nodes, {"x": x}, list(wanted), constants)
-    target = Cuda(arch="sm_80")
+    target = Cuda(arch=arch)
     lowered = target.lower(made)
     assert len(drawn_decisions(rng, lowered, target)) == LAYERS
     found = emulated(target, lowered, tmp_path, {"x": x}, monkeypatch)

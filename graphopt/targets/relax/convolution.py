@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, integer_layers
+from graphopt.targets.relax import computes, integer_layers, pixel_pairs
 from graphopt.targets.relax.emitters import Inputs, Node, emits, is_float_image, output_size, pads_of
 from graphopt.targets.relax.grouping import merge_groups
-from graphopt.targets.relax.values import FUSABLE_ROOT, Builder, Value
+from graphopt.targets.relax.values import FUSABLE_ROOT, INJECTIVE, Builder, Value
 
 
 @emits("Conv")
@@ -100,7 +100,16 @@ def _dense_conv(builder: Builder, data: Value, kernel: np.ndarray, groups: int, 
     batch, channels, height, width = data.shape
     out_channels = kernel.shape[0]
     block = builder.block_for(out_channels)
-    if data.blocked is None and (channels < 8 or (groups == 1 and channels % 2 and channels < builder.lanes)):
+    few = data.blocked is None and data.coded is None and channels < 8
+    if few and builder.form.lanes == 0 and builder.narrows and groups == 1:
+        if pixel_pairs.fits(channels, groups, width, geometry["strides"], geometry["dilations"]):
+            kernel, geometry = pixel_pairs.paired(kernel, geometry)
+            source = builder.call(pixel_pairs.pair_pixels, builder.narrowed(data), pattern=INJECTIVE)
+            lanes_in = pixel_pairs.TOGETHER
+        else:
+            source = builder.blocked(data)
+            lanes_in = data.block
+    elif data.blocked is None and (channels < 8 or (groups == 1 and channels % 2 and channels < builder.lanes)):
         lanes_in = 1  # read the plain tensor: its channels are planes
         plane = builder.narrowed(data) if builder.halves else builder.moved(data)
         source = builder.reshape(plane, (batch, channels, height * width, 1))

@@ -1,6 +1,7 @@
 """Time candidates for one GPU kernel: compiled together into a library, on this machine's GPU or on one over RPC.
 
-Times are of CUDA events, operands in the second-level cache.
+Times are of CUDA events, operands in the second-level cache where they fit. A launch takes longer than a small kernel
+does, so each function calls its kernel many times from a CUDA graph, as a model would.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
 
 REPEATS = 3
 REPEAT_MS = 2
+CALLS = 32
+"""Of the kernel in a function."""
 LIMIT_S = 60.0
 """Of all candidates of a kernel on a device: connecting, sending, running."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A library with a function `run_i` for each candidate; shapes and element types of the arguments of each."""
+    """A library with a function `run_i` for each candidate, which calls it `CALLS` times; shapes and element types of
+    the arguments of each."""
 
     library: Path
     parameters: Sequence[Sequence[tuple[tuple[int, ...], str]]]
@@ -60,10 +64,10 @@ class Candidates:
         rng = np.random.default_rng(0)
         found: list[float | str] = []
         for index, shapes in enumerate(self.parameters):
-            arguments = [runtime.tensor(_values(rng, shape, dtype), device) for shape, dtype in shapes]
+            arguments = [runtime.tensor(values(rng, shape, dtype), device) for shape, dtype in shapes]
             timer = machine.time_evaluator(f"run_{index}", device, number=1, repeat=REPEATS, min_repeat_ms=REPEAT_MS)
             try:
-                found.append(float(np.median(timer(*arguments).results)) * 1e6)
+                found.append(float(np.median(timer(*arguments).results)) * 1e6 / CALLS)
             except RuntimeError as error:
                 if is_lost(error):
                     raise
@@ -77,34 +81,51 @@ def compile_candidates(workload: GpuWorkload, choices: Sequence[cuda.Choice], ta
     module, parameters = _module(workload, choices)
     cuda_executable.export(
         module, target.tvm_target(), library, gpu_arch=target.gpu_arch, host_arch=target.host_arch, jobs=2,
-        compiler=nvcc.compile_source, graphs=False,
+        compiler=nvcc.compile_source,
     )  # fmt: skip
     return Candidates(library, parameters)
 
 
 def _module(workload: GpuWorkload, choices: Sequence[cuda.Choice]) -> tuple[Any, list[list[tuple[tuple, str]]]]:
-    """A Relax module with a function `run_i` for each choice; and shapes and types of each one's parameters."""
+    """A Relax module with a function `run_i` for each choice; and shapes and types of each one's parameters.
+
+    Kernels are recorded in a graph only if the addresses of their operands never change: so inputs are copied first,
+    and the result last.
+    """
     from tvm import relax
 
     builder: Any = relax.BlockBuilder()
     tensor: Any = relax.TensorType
     call: Any = relax.call_tir
+    copies: dict[tuple, Any] = {}
     parameters = []
     for index, choice in enumerate(choices):
         func = cuda.schedule(workload, choice).func
         *inputs, output = [(tuple(int(d) for d in p.ty.shape), str(p.ty.dtype)) for p in func.params]
         called = builder.add_func(func.without_attr("global_symbol"), f"candidate_{index}")
+        for each in (*inputs, output):
+            if each not in copies:
+                copies[each] = builder.add_func(_copy(workload, *each), f"copy_{len(copies)}")
         taken: list[Any] = [relax.Var(f"x{i}", tensor(*each)) for i, each in enumerate(inputs)]
         with builder.function(f"run_{index}", taken):
-            with builder.dataflow():
-                made = builder.emit(call(called, taken, tensor(*output)))
-                made = builder.emit_output(made)
-            builder.emit_func_output(made)
+            fixed = [builder.emit(call(copies[x], [v], tensor(*x))) for x, v in zip(inputs, taken, strict=True)]
+            made = [builder.emit(call(called, fixed, tensor(*output))) for _ in range(CALLS)]
+            builder.emit_func_output(builder.emit(call(copies[output], [made[-1]], tensor(*output))))
         parameters.append(inputs)
     return builder.get(), parameters
 
 
-def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _copy(workload: GpuWorkload, shape: tuple[int, ...], dtype: str) -> Any:
+    """A kernel that copies a tensor."""
+    from tvm import te
+
+    source = te.placeholder(shape, dtype, name="x")
+    made: Any = te.create_prim_func([source, te.compute(shape, lambda *at: source(*at), name="copy")])
+    alike = GpuWorkload(made, gpu=workload.gpu, target=workload.target)
+    return cuda.schedule(alike, cuda.choices(alike)[0]).func.without_attr("global_symbol")
+
+
+def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Numbers of ordinary size: time may depend on them, by the power they draw."""
     if "int" in dtype:
         return rng.integers(-64 if not dtype.startswith("u") else 0, 64, shape).astype(dtype)

@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from graphopt.targets.nvcc import Image, Resources
+from graphopt.targets.schedules.cuda import intrinsics
 
 HERE = Path(__file__).resolve().parent
 MAGIC = b"GRAPHEMU"
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)\s*\{')
-_WAITS = re.compile(r"__syncthreads|__shfl|__syncwarp|wmma|__emu_|__activemask")
+_WAITS = re.compile(r"__syncthreads|__shfl|__syncwarp|wmma|__emu_|__activemask|graphopt_")
 
 
 def available() -> str | None:
@@ -73,7 +74,13 @@ def _entry(name: str, parameters: str, waits: bool) -> str:
 
 def _without_assembly(source: str) -> str:
     """PTX of copies and barriers as calls of `device/emulated.h`; attributes where g++ wants them."""
-    source = re.sub(r"extern __shared__ [^;]*?(\w+)\[\];", r"auto* \1 = __emu_dynamic_shared;", source)
+    for text in intrinsics.SOURCES:
+        source = source.replace(text, "")
+    source = re.sub(
+        r"__forceinline__ __device__ unsigned int tvm_builtin_cluster.*?\n\}\n", "", source, flags=re.DOTALL
+    )
+    dynamic = r"extern __shared__ (?:__align__\(\d+\)|alignas\(\d+\))?\s*([^;]*?)\s*(\w+)\[\];"
+    source = re.sub(dynamic, r"auto* \2 = (\1*)__emu_dynamic_shared;", source)
     return re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", source)
 
 

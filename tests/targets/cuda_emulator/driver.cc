@@ -23,7 +23,7 @@ using Graph = std::vector<Work>;
 // ---- threads of a block as coroutines -------------------------------------------------------------------------------
 extern "C" {
 Uint3 __emu_thread, __emu_block, __emu_block_dim, __emu_grid_dim;
-unsigned char* __emu_dynamic_shared;
+unsigned char* __emu_dynamic_shared;  // of the block that runs
 Graph* __emu_recording = nullptr;
 void __emu_switch(void** save, void* to);
 }
@@ -47,19 +47,28 @@ __emu_switch:
   ret
 )");
 
-enum State { READY, AT_BLOCK, AT_WARP, DONE };
+enum State { READY, AT_BLOCK, AT_CLUSTER, AT_WARP, DONE };
 constexpr size_t STACK = 512 << 10;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;  // zeros up to 16
+};
 
 struct Fiber {
   char* stack;
   void* sp;
   State state;
-  Uint3 index;
+  Uint3 index, block;
+  unsigned char* shared;
+  std::vector<std::vector<Copy>> copies;  // groups that nobody waited for, and the one that is being asked for
 };
 
 static std::vector<Fiber> fibers;
 static void* scheduler_sp;
-static size_t current;
+static size_t current, block_threads;
+static std::vector<unsigned char*> shared_of;  // by block of the cluster
 static void (*entry)(void**);
 static void** entry_arguments;
 
@@ -77,9 +86,30 @@ static void wait(State state) {
 
 extern "C" void __emu_sync_block() { wait(AT_BLOCK); }
 extern "C" void __emu_sync_warp() { wait(AT_WARP); }
-extern "C" unsigned __emu_linear() { return current; }
+extern "C" void __emu_sync_cluster() { wait(AT_CLUSTER); }
+extern "C" unsigned __emu_linear() { return current % block_threads; }
 
-static void start(size_t i, Uint3 index) {
+// What is copied is there only when somebody waited for it.
+extern "C" void __emu_copy16(void* to, const void* from, bool inside) {
+  if ((size_t)to % 16 || (inside && (size_t)from % 16)) abort();
+  fibers[current].copies.back().push_back({to, from, inside ? 16u : 0u});
+}
+extern "C" void __emu_end_group() { fibers[current].copies.emplace_back(); }
+extern "C" void __emu_await(size_t left) {
+  auto& groups = fibers[current].copies;
+  while (groups.size() > left + 1) {
+    for (auto& each : groups.front()) {
+      memset(each.to, 0, 16);
+      if (each.bytes) memcpy(each.to, each.from, each.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+extern "C" const void* __emu_shared_of(const void* own, unsigned block) {
+  return shared_of[block] + ((const unsigned char*)own - __emu_dynamic_shared);
+}
+
+static void start(size_t i, Uint3 index, Uint3 block, unsigned char* shared) {
   Fiber& f = fibers[i];
   if (!f.stack)
     f.stack = (char*)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -88,22 +118,37 @@ static void start(size_t i, Uint3 index) {
   f.sp = top - 6;
   f.state = READY;
   f.index = index;
+  f.block = block;
+  f.shared = shared;
+  f.copies.assign(1, {});
 }
 
-static void run_block() {
+static bool release(State state, size_t count) {
+  bool alive = false;
+  for (size_t k = 0; k < count; k++)
+    if (fibers[k].state == state) fibers[k].state = READY, alive = true;
+  return alive;
+}
+
+// Neighbours along x that are there at the same time.
+static void run_cluster(Uint3 first, unsigned blocks) {
   Uint3 d = __emu_block_dim;
-  size_t count = (size_t)d.x * d.y * d.z, i = 0;
+  block_threads = (size_t)d.x * d.y * d.z;
+  size_t count = block_threads * blocks, i = 0;
   if (fibers.size() < count) fibers.resize(count);
-  for (unsigned z = 0; z < d.z; z++)
-    for (unsigned y = 0; y < d.y; y++)
-      for (unsigned x = 0; x < d.x; x++) start(i++, {x, y, z});
-  for (;;) {
+  for (unsigned b = 0; b < blocks; b++)
+    for (unsigned z = 0; z < d.z; z++)
+      for (unsigned y = 0; y < d.y; y++)
+        for (unsigned x = 0; x < d.x; x++) start(i++, {x, y, z}, {first.x + b, first.y, first.z}, shared_of[b]);
+  do {
     for (size_t warp = 0; warp < count; warp += 32) {
       size_t end = warp + 32 < count ? warp + 32 : count;
       for (bool again = true; again;) {
         for (current = warp; current < end; current++)
           if (fibers[current].state == READY) {
             __emu_thread = fibers[current].index;
+            __emu_block = fibers[current].block;
+            __emu_dynamic_shared = fibers[current].shared;
             size_t self = current;
             __emu_switch(&scheduler_sp, fibers[self].sp);
           }
@@ -112,11 +157,7 @@ static void run_block() {
           if (fibers[k].state == AT_WARP) fibers[k].state = READY, again = true;
       }
     }
-    bool alive = false;
-    for (size_t k = 0; k < count; k++)
-      if (fibers[k].state == AT_BLOCK) fibers[k].state = READY, alive = true;
-    if (!alive) return;
-  }
+  } while (release(AT_BLOCK, count) || release(AT_CLUSTER, count));
 }
 
 struct Function {
@@ -125,20 +166,25 @@ struct Function {
   bool waits;
 };
 
-static void launch(Function* f, Uint3 grid, Uint3 block, unsigned shared, void** arguments) {
+static void launch(Function* f, Uint3 grid, Uint3 block, unsigned shared, unsigned cluster, void** arguments) {
   __emu_grid_dim = grid;
   __emu_block_dim = block;
-  static std::vector<unsigned char> dynamic;
-  dynamic.assign(shared + 64, 0xFF);
-  __emu_dynamic_shared = (unsigned char*)(((size_t)dynamic.data() + 63) & ~(size_t)63);
+  static std::vector<std::vector<unsigned char>> dynamic;
+  if (dynamic.size() < cluster) dynamic.resize(cluster);
+  shared_of.clear();
+  for (unsigned b = 0; b < cluster; b++) {
+    dynamic[b].assign(shared + 64, 0xFF);
+    shared_of.push_back((unsigned char*)(((size_t)dynamic[b].data() + 63) & ~(size_t)63));
+  }
+  __emu_dynamic_shared = shared_of[0];
   entry = f->call;
   entry_arguments = arguments;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
+      for (unsigned x = 0; x < grid.x; x += cluster) {
         __emu_block = {x, y, z};
         if (f->waits) {
-          run_block();
+          run_cluster(__emu_block, cluster);
           continue;
         }
         for (unsigned tz = 0; tz < block.z; tz++)
@@ -150,12 +196,25 @@ static void launch(Function* f, Uint3 grid, Uint3 block, unsigned shared, void**
       }
 }
 
+struct Attribute {
+  int id;
+  char padding[4];
+  unsigned value[16];
+};
+constexpr int CLUSTER_DIMENSION = 4;
+
 struct LaunchConfig {
   unsigned gx, gy, gz, bx, by, bz, shared;
   void* stream;
-  void* attributes;
+  const Attribute* attributes;
   unsigned count;
 };
+
+static unsigned cluster_of(const LaunchConfig* c) {
+  for (unsigned i = 0; i < c->count; i++)
+    if (c->attributes[i].id == CLUSTER_DIMENSION) return c->attributes[i].value[0];
+  return 1;
+}
 
 extern "C" {
 int cuInit(unsigned) { return 0; }
@@ -208,10 +267,11 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, void**) {
   Function* f = (Function*)function;
   Uint3 grid{c->gx, c->gy, c->gz}, block{c->bx, c->by, c->bz};
-  unsigned shared = c->shared;
+  unsigned shared = c->shared, cluster = cluster_of(c);
+  if (grid.x % cluster || cluster > 8) return 1;
   if ((size_t)block.x * block.y * block.z > 1024 || grid.y > 65535 || grid.z > 65535) return 1;
   if (!__emu_recording) {
-    launch(f, grid, block, shared, arguments);
+    launch(f, grid, block, shared, cluster, arguments);
     return 0;
   }
   std::vector<std::vector<unsigned char>> kept;
@@ -222,7 +282,7 @@ int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, vo
   __emu_recording->push_back([=]() mutable {
     std::vector<void*> pointers;
     for (auto& each : kept) pointers.push_back(each.data());
-    launch(f, grid, block, shared, pointers.data());
+    launch(f, grid, block, shared, cluster, pointers.data());
   });
   return 0;
 }

@@ -53,6 +53,12 @@ class Product:
         """Whether the picture's channels are planes."""
         return self.anchor in CONVOLUTIONS and self.channels == 1 and self.depth > prod(self.kernel)
 
+    @property
+    def copied(self) -> bool:
+        """Whether operands can be copied 16 bytes at a time as they are."""
+        together = 16 if self.weight_dtype == "int8" else 8
+        return self.data_dtype == self.weight_dtype and self.channels % together == 0
+
     def position(self, row) -> tuple[Any, Any, Any]:
         """Picture, and row and column of the input at the kernel's first position, of a row of the product."""
         area = self.out_size[0] * self.out_size[1]

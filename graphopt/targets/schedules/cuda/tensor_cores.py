@@ -1,63 +1,49 @@
 """Convolutions and products with a constant on tensor cores: float16, bfloat16, or int8.
 
-Idea: a block of threads computes a tile of the matrix product (`products`) in steps of `depth`. Both operands lie in
-shared memory as rows of k, so spaced that the eight rows of a matrix load fall into different banks. There are two such
-buffers: while warps multiply from one, the next step's elements are on their way to registers, and go to the other.
-Where a layer has few tiles, `slices` groups of warps share out each step's k between them, so that more warps are there
-to hide latencies.
+Idea: a block of threads computes a tile of the matrix product (`products`, `tiles`) in steps of `depth`. Both operands
+lie in shared memory as rows of k, so spaced that the eight rows of a matrix load fall into different banks. There are
+`stages` such buffers. While warps multiply from one, asynchronous copies fill the others, so that memory's latency is
+paid once and not at each step; zeros of padding are what a copy writes that reads nothing. Where a GPU has no such
+copies, or elements must be converted or gathered one by one, there are two buffers, and the next step's elements are
+on their way to registers meanwhile.
 
-The sums leave through shared memory, a row of fragments of each warp at a time: there the chain after the product
-(bias, activation, residual, rounding) is computed on four neighbours a thread, and written once.
+Where a layer has few tiles, k is shared out: within a block between `slices` groups of warps, and between the `cluster`
+blocks of a thread block cluster, which read each other's sums from shared memory. So small pictures fill the GPU too.
 
-The constant is repacked to [columns][depth], k innermost, with zeros up to whole tiles.
+The sums leave through shared memory, in the operands' place: there the chain after the product (bias, activation,
+residual, rounding) is computed on four neighbours a thread, and written once.
 
-Decision: {rows, columns, depth, down, across, slices}: the tile, the step, warps along each and along k. By default the
-one that `predicted` says is fastest: nothing is measured.
+The constant is repacked to [columns][depth], k innermost, with zeros up to whole tiles and steps.
+
+Decision: {rows, columns, depth, down, across, slices, stages, cluster}: the tile, the step, warps along each and along
+k, buffers, blocks along k. By default the one that `tiles.predicted` says is fastest: nothing is measured.
 
 Source: Chetlur et al., cuDNN, arXiv:1410.0759, 2014, section 3; NVIDIA, CUTLASS, "Efficient GEMM in CUDA" (tiles of
-blocks, warps and instructions; sliced k; software pipelining).
+blocks, warps and instructions; sliced k; split k; software pipelining).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from math import ceil
 from typing import Any
 
 import numpy as np
 
 from graphopt.targets.schedules import amx
-from graphopt.targets.schedules.cuda.gpu import WARP, Gpu, GpuWorkload
+from graphopt.targets.schedules.cuda import intrinsics
+from graphopt.targets.schedules.cuda.gpu import WARP, GpuWorkload
 from graphopt.targets.schedules.cuda.products import Product, output_place, product_of
+from graphopt.targets.schedules.cuda.tiles import BYTES, FRAGMENT, LOAD_BYTES, SUMS, Tile, tiles
 from graphopt.targets.schedules.epilogue import Epilogue, epilogue_of
 from graphopt.targets.schedules.workload import Decision, Kernel
 
 NAME = "tensor_cores"
-VERSION = 1
-FRAGMENT = 16
-"""Rows, columns and depth of one instruction's matrices."""
-SUMS = {"float16": "float32", "bfloat16": "float32", "int8": "int32"}
-BYTES = {"float16": 2, "bfloat16": 2, "int8": 1}
+VERSION = 2
 FEATURES = {"float16": "tensor_fp16", "bfloat16": "tensor_bf16", "int8": "tensor_int8"}
-LOAD_BYTES = 16
-"""What a thread moves at a time."""
 STORED_TOGETHER = 4
 """Outputs a thread computes side by side: 16 bytes of sums; TVM writes wider vectors of float32 element by element."""
-LEAST_ROWS = 8
-"""Below these a product streams its weight: matrix units would idle."""
-TILES = (
-    (128, 128, 4, 2), (128, 64, 4, 2), (64, 128, 2, 4), (64, 64, 2, 2), (64, 32, 2, 2), (32, 64, 2, 2), (128, 32, 4, 1),
-    (32, 32, 2, 2), (32, 32, 1, 1), (16, 64, 1, 2), (16, 32, 1, 1), (64, 16, 2, 1), (16, 16, 1, 1),
-)  # fmt: skip
-"""Rows and columns of a block's tile, warps down and across."""
-DEPTHS = (32, 64)
-SLICES = (1, 2, 4)
-MOST_SHARED = 96 << 10
-"""Shared memory of a block, in bytes; beyond 48 KB the kernel asks the driver for it."""
-MOST_SUMS = 64
-"""Registers of a thread for sums: with operands on their way and addresses, all fit."""
 
 
 def match(workload: GpuWorkload) -> list[Decision] | None:
@@ -66,131 +52,13 @@ def match(workload: GpuWorkload) -> list[Decision] | None:
     if product is None or product.weight_dtype not in SUMS:
         return None
     dtype = product.weight_dtype
-    if FEATURES[dtype] not in workload.gpu.limits.features or product.rows < LEAST_ROWS:
+    if FEATURES[dtype] not in workload.gpu.limits.features:
         return None
     if product.data_dtype != dtype and not (product.planes and product.data_dtype == "float32" and dtype != "int8"):
         return None
     if epilogue_of(workload, product.anchor) is None:
         return None
-    found = []
-    for rows, columns, down, across in TILES:
-        for depth in DEPTHS:
-            for slices in SLICES:
-                tile = Tile(rows, columns, depth, down, across, slices)
-                if tile.fits(product, workload.gpu):
-                    found.append((predicted(product, tile, workload.gpu), tile.decision))
-    found.sort(key=lambda pair: pair[0])
-    return [decision for _, decision in found] or None
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a block of threads computes, and how its warps share it out."""
-
-    rows: int
-    columns: int
-    depth: int
-    down: int
-    across: int
-    slices: int
-
-    @property
-    def decision(self) -> Decision:
-        return dict(vars(self))
-
-    @property
-    def threads(self) -> int:
-        return WARP * self.down * self.across * self.slices
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Fragments of one warp: down, across."""
-        return self.rows // self.down // FRAGMENT, self.columns // self.across // FRAGMENT
-
-    def layout(self, dtype: str) -> tuple[int, int]:
-        """Planes of an operand in shared memory, and elements from a row of a plane to the next.
-
-        A fragment must start at a multiple of 32 bytes. Those of bytes have a plane of their own, in which they follow
-        each other without a gap; others are parts of long rows.
-        """
-        return (self.depth // FRAGMENT, FRAGMENT) if dtype == "int8" else (1, self.depth + LOAD_BYTES // BYTES[dtype])
-
-    @property
-    def out_pitch(self) -> int:
-        return self.columns + 4
-
-    def operand_bytes(self, dtype: str) -> int:
-        planes, pitch = self.layout(dtype)
-        return 2 * (self.rows + self.columns) * planes * pitch * BYTES[dtype]
-
-    @property
-    def out_bytes(self) -> int:
-        return self.slices * self.down * FRAGMENT * self.out_pitch * 4
-
-    def loads(self, rows: int, dtype: str) -> int:
-        """Moves of 16 bytes that each thread makes for one step of an operand."""
-        return ceil(rows * self.depth * BYTES[dtype] / LOAD_BYTES / self.threads)
-
-    def registers(self, dtype: str) -> int:
-        """An estimate, a thread: sums, operands on their way and in fragments, addresses."""
-        down, across = self.grid
-        moving = 4 * (self.loads(self.rows, dtype) + self.loads(self.columns, dtype))
-        return down * across * 8 + moving + 8 * (down + across) // (1 if dtype != "int8" else 2) + 40
-
-    def fits(self, product: Product, gpu: Gpu) -> bool:
-        dtype = product.weight_dtype
-        down, across = self.grid
-        if down * across * 8 > MOST_SUMS or self.depth % (FRAGMENT * self.slices) or self.threads > 512:
-            return False
-        if self.columns > FRAGMENT and self.columns >= 2 * product.columns:
-            return False
-        if self.rows > FRAGMENT and self.rows >= 2 * product.rows:
-            return False
-        return self.operand_bytes(dtype) + self.out_bytes <= min(gpu.limits.shared_bytes - 1024, MOST_SHARED)
-
-    def resident(self, dtype: str, gpu: Gpu) -> int:
-        """Blocks that a multiprocessor holds at a time."""
-        limits = gpu.limits
-        shared = self.operand_bytes(dtype) + self.out_bytes + 1024  # the driver's own share
-        return max(
-            min(
-                limits.threads // self.threads,
-                limits.blocks,
-                limits.shared_bytes // shared,
-                limits.registers // (self.registers(dtype) * self.threads),
-            ),
-            1,
-        )
-
-
-MULTIPLY_BYTES = 2048
-"""Of float16 or int8 products, in bytes of one operand's k: what the matrix units of a multiprocessor do a cycle."""
-SHARED_BYTES = 128
-"""From shared memory, a cycle and multiprocessor."""
-MEMORY_BYTES = 32
-"""From the second-level cache, a cycle and multiprocessor."""
-STEP_CYCLES = 60
-"""Barriers and addresses of a step, which nothing hides."""
-LATENCY_CYCLES = 600
-"""Of one load from memory; a step waits for it where other blocks have less to do."""
-
-
-def predicted(product: Product, tile: Tile, gpu: Gpu) -> float:
-    """Cycles of the whole product, from the counts of what passes each unit. A rule, not a measurement."""
-    dtype = product.weight_dtype
-    width = BYTES[dtype]
-    down, across = tile.grid
-    blocks = ceil(product.rows / tile.rows) * ceil(product.columns / tile.columns)
-    steps = ceil(product.depth / tile.depth)
-    multiply = tile.rows * tile.columns * tile.depth * width / MULTIPLY_BYTES
-    reads = (down + across) * FRAGMENT * tile.depth // tile.slices * width * tile.threads // WARP
-    writes = (tile.rows + tile.columns) * tile.depth * width
-    moved = max(multiply, (reads + writes) / SHARED_BYTES, writes / MEMORY_BYTES)
-    resident = min(tile.resident(dtype, gpu), ceil(blocks / gpu.multiprocessors))
-    step = max(resident * moved + STEP_CYCLES, LATENCY_CYCLES / 2 if product.channels > 1 else LATENCY_CYCLES)
-    finish = tile.rows * tile.columns * 4 * (tile.slices + 1) / SHARED_BYTES + LATENCY_CYCLES
-    rounds = ceil(blocks / (gpu.multiprocessors * resident))
-    return rounds * (steps * step + resident * finish)
+    return [tile.decision for tile in tiles(product, workload.gpu)] or None
 
 
 def apply(workload: GpuWorkload, decision: Decision) -> Kernel:
@@ -214,9 +82,9 @@ class _Writer:
         self.workload, self.product, self.tile, self.epilogue = workload, product, tile, epilogue
         self.dtype = product.weight_dtype
         self.vector = LOAD_BYTES // BYTES[self.dtype]
-        self.steps = ceil(product.depth / tile.depth)
+        self.steps = tile.steps(product.depth)
         self.blocks = ceil(product.rows / tile.rows), ceil(product.columns / tile.columns)
-        self.weight_shape = self.blocks[1] * tile.columns, self.steps * tile.depth
+        self.weight_shape = self.blocks[1] * tile.columns, self.steps * tile.cluster * tile.depth
         self.in_vectors = product.channels % self.vector == 0
 
     def function(self):
@@ -235,47 +103,116 @@ class _Writer:
             self.data = self.renamed[product.data_index][1]
             self.weight = self.renamed[product.weight_index][1]
             self.output = next(new for old, new in self.renamed if old.same_as(self.epilogue.output))
-            with (
-                _threads("blockIdx.x", self.blocks[0] * self.blocks[1]) as block,
-                _threads("threadIdx.y", tile.threads // WARP) as warp,
-                _threads("threadIdx.x", WARP) as lane,
-            ):
-                self._block(block, warp, lane)
+            with ExitStack() as stack:
+                block: Any = stack.enter_context(_threads("blockIdx.x", self.blocks[0] * self.blocks[1] * tile.cluster))
+                if tile.cluster > 1:
+                    stack.enter_context(_threads("clusterCtaIdx.x", tile.cluster))
+                warp = stack.enter_context(_threads("threadIdx.y", tile.threads // WARP))
+                lane = stack.enter_context(_threads("threadIdx.x", WARP))
+                self._block(block // tile.cluster, block % tile.cluster, warp, lane)
         return builder.get()
 
-    def _block(self, block, warp, lane) -> None:
+    def _block(self, block, rank, warp, lane) -> None:
         T = amx.ir()
         tile, dtype = self.tile, self.dtype
         down, across = tile.grid
         # Neighbouring blocks share the rows of A: these are the larger operand, and stay in the second-level cache.
         self.row0 = block // self.blocks[1] * tile.rows
         self.column0 = block % self.blocks[1] * tile.columns
+        self.rank, self.k0 = rank, rank * (self.steps * tile.depth)
         self.thread = warp * WARP + lane
         self.slice, within = warp // (tile.down * tile.across), warp % (tile.down * tile.across)
         self.warp_row, self.warp_column = within // tile.across, within % tile.across
-        planes, pitch = tile.layout(dtype)
-        self.a = T.alloc_buffer((2, planes, tile.rows, pitch), dtype, scope="shared.dyn")
-        self.b = T.alloc_buffer((2, planes, tile.columns, pitch), dtype, scope="shared.dyn")
-        self.out = T.alloc_buffer((tile.slices * tile.down * FRAGMENT, tile.out_pitch), SUMS[dtype], scope="shared.dyn")
-        shape = FRAGMENT * FRAGMENT
-        self.a_fragment = T.alloc_buffer((down, shape), dtype, scope="wmma.matrix_a")
-        self.b_fragment = T.alloc_buffer((across, shape), dtype, scope="wmma.matrix_b")
-        self.sums = T.alloc_buffer((down * across, shape), SUMS[dtype], scope="wmma.accumulator")
-        self.a_moving = T.alloc_buffer((tile.loads(tile.rows, dtype), self.vector), dtype, scope="local")
-        self.b_moving = T.alloc_buffer((tile.loads(tile.columns, dtype), self.vector), dtype, scope="local")
+        self._allocate()
         for i in range(down * across):
             T.evaluate(_call("tvm_fill_fragment", self.sums.data, *_FRAGMENT_SIZES, i, _zero(SUMS[dtype])))
+        if tile.asynchronous:
+            self._pipeline()
+        else:
+            self._two_buffers()
+        T.evaluate(intrinsics.barrier())
+        self._finish()
+
+    def _allocate(self) -> None:
+        """Shared memory, where sums take the place of operands, and registers."""
+        T = amx.ir()
+        tile, dtype = self.tile, self.dtype
+        down, across = tile.grid
+        planes, pitch = tile.layout(dtype)
+        shared = T.alloc_buffer((tile.shared_bytes(dtype) // BYTES[dtype],), dtype, scope="shared.dyn").data
+        shape = (tile.stages, planes, tile.rows, pitch)
+        self.a = T.decl_buffer(shape, dtype, data=shared, scope="shared.dyn")
+        first = tile.stages * tile.stage_bytes(tile.rows, dtype) // BYTES[dtype]
+        shape = (tile.stages, planes, tile.columns, pitch)
+        self.b = T.decl_buffer(shape, dtype, data=shared, elem_offset=first, scope="shared.dyn")
+        shape = (tile.slices * tile.rows, tile.out_pitch)
+        self.out = T.decl_buffer(shape, SUMS[dtype], data=shared, scope="shared.dyn")
+        size = FRAGMENT * FRAGMENT
+        self.a_fragment = T.alloc_buffer((down, size), dtype, scope="wmma.matrix_a")
+        self.b_fragment = T.alloc_buffer((across, size), dtype, scope="wmma.matrix_b")
+        self.sums = T.alloc_buffer((down * across, size), SUMS[dtype], scope="wmma.accumulator")
+
+    def _pipeline(self) -> None:
+        """Copies of the next steps are under way while one is multiplied."""
+        T = amx.ir()
+        ahead = self.tile.stages - 1
+        for step in range(ahead):
+            self._copy(_number(step), step < self.steps)
+        with T.serial(_number(0), _number(self.steps)) as step:
+            T.evaluate(intrinsics.await_copies(ahead - 1))
+            T.evaluate(intrinsics.barrier())  # all threads' copies are there, and nobody reads the buffer filled next
+            self._copy(step + ahead, step + ahead < self.steps)
+            self._multiply(step % self.tile.stages)
+        T.evaluate(intrinsics.await_copies(0))
+
+    def _two_buffers(self) -> None:
+        T = amx.ir()
+        tile, dtype = self.tile, self.dtype
+        self.a_moving = T.alloc_buffer((tile.loads(tile.rows, dtype), self.vector), dtype, scope="local")
+        self.b_moving = T.alloc_buffer((tile.loads(tile.columns, dtype), self.vector), dtype, scope="local")
         self._fetch(_number(0))
         self._put(_number(0))
+        T.evaluate(intrinsics.barrier())
         if self.steps > 1:
             with T.serial(_number(0), _number(self.steps - 1)) as step:
                 self._fetch(step + 1)
                 self._multiply(step % 2)
                 self._put((step + 1) % 2)
+                T.evaluate(intrinsics.barrier())
         self._multiply(_number((self.steps - 1) % 2))
-        self._finish()
-        for operand in (self.a, self.b):  # alive until here: TVM would put `out` into their memory, of another type
-            T.evaluate(operand.access_ptr("r"))
+
+    def _copy(self, step, there) -> None:
+        """Start copying a step's elements to its buffer, where there is such a step; a group either way."""
+        T = amx.ir()
+        tile = self.tile
+        if there is not False:
+            with _when(None if there is True else there):
+                buffer = step % tile.stages
+                for _, row, k, mine in self._each_load(tile.rows):
+                    plane, at = self._in_row(k)
+                    indices, inside = self._vector_place(self.row0 + row, self.k0 + step * tile.depth + k)
+                    to, source = T.address_of(self.a[buffer, plane, row, at]), T.address_of(self.data[tuple(indices)])
+                    with _when(mine):
+                        T.evaluate(intrinsics.copy16(to, source, _all(inside) if inside else True))
+                for _, column, k, mine in self._each_load(tile.columns):
+                    plane, at = self._in_row(k)
+                    source = self.weight[self.column0 + column, self.k0 + step * tile.depth + k]
+                    to = T.address_of(self.b[buffer, plane, column, at])
+                    with _when(mine):
+                        T.evaluate(intrinsics.copy16(to, T.address_of(source), True))
+        T.evaluate(intrinsics.end_group())
+
+    def _vector_place(self, row, k) -> tuple[list[Any], list[Any]]:
+        """Where the neighbours in memory start that a thread takes from A at [row, k], and the conditions under which
+        they are there: those of the first of them, since all have one tap."""
+        product = self.product
+        inside = [] if product.rows % self.tile.rows == 0 else [row < product.rows]
+        if product.depth % (self.tile.depth * self.tile.cluster):
+            inside.append(k < product.depth)
+        if product.anchor == "packed_matmul":
+            return list(output_place(product, row, k, [int(d) for d in self.data.shape])), inside
+        indices, more = product.element(product.position(row), k)
+        return list(indices), [*inside, *more]
 
     def _each_load(self, rows: int) -> Any:
         """(number of the load, row, first k) of each load of 16 bytes that a thread makes of an operand of `rows` rows,
@@ -300,39 +237,25 @@ class _Writer:
 
     def _fetch_data(self, i: int, row, k) -> None:
         T = amx.ir()
-        product = self.product
         zero = _zero(self.dtype)
-        conditions = [] if product.rows % self.tile.rows == 0 else [row < product.rows]
-        position = product.position(row)
-
-        def element(at, more) -> Any:
-            if product.anchor == "packed_matmul":
-                shape = [int(d) for d in self.data.shape]
-                indices, inside = output_place(product, row, at, shape), []
-            else:
-                indices, inside = product.element(position, at)
-            found = [*conditions, *more, *inside]
-            value = self.data[tuple(indices)].astype(self.dtype)
-            return T.if_then_else(_all(found), value, zero) if found else value
-
-        ragged = product.depth % self.tile.depth != 0
         if not self.in_vectors:
             for v in range(self.vector):
-                T.buffer_store(self.a_moving, element(k + v, [k + v < product.depth] if ragged else []), [i, v])
+                T.buffer_store(self.a_moving, self._element(row, k + v), [i, v])
             return
-        # The conditions and the place are those of the first of the elements: all have one tap.
-        if product.anchor == "packed_matmul":
-            indices, inside = list(output_place(product, row, k, [int(d) for d in self.data.shape])), []
-        else:
-            found, inside = product.element(position, k)
-            indices = list(found)
-        inside = [*conditions, *([k < product.depth] if ragged else []), *inside]
+        indices, inside = self._vector_place(row, k)
         if inside and self.dtype == "int8":
             self._fetch_bytes(i, indices, _all(inside))
             return
         with T.vectorized(_number(0), _number(self.vector)) as v:
             value = self.data[(*indices[:-1], indices[-1] + v)]
             T.buffer_store(self.a_moving, T.if_then_else(_all(inside), value, zero) if inside else value, [i, v])
+
+    def _element(self, row, k) -> Any:
+        """A[row, k], converted; zero where there is none."""
+        T = amx.ir()
+        indices, inside = self._vector_place(row, k)
+        value = self.data[tuple(indices)].astype(self.dtype)
+        return T.if_then_else(_all(inside), value, _zero(self.dtype)) if inside else value
 
     def _fetch_bytes(self, i: int, indices: list[Any], inside) -> None:
         """16 bytes, or zeros: in fours, since TVM cannot write a constant of 16 bytes."""
@@ -387,41 +310,49 @@ class _Writer:
         return _call("tvm_load_matrix_sync", fragment.data, *_FRAGMENT_SIZES, number, pointer, pitch, layout)
 
     def _finish(self) -> None:
-        """Sums to shared memory, a row of fragments of each warp at a time, and from there through the epilogue."""
+        """Sums to shared memory, and from there through the epilogue: each block of a cluster does its rows."""
         T = amx.ir()
         tile, product = self.tile, self.product
         down, across = tile.grid
+        for i in range(down):
+            for j in range(across):
+                row = self.slice * tile.rows + (self.warp_row * down + i) * FRAGMENT
+                column = (self.warp_column * across + j) * FRAGMENT
+                pointer = T.address_of(self.out[row, column])
+                arguments = self.sums.data, *_FRAGMENT_SIZES, i * across + j, pointer, tile.out_pitch, "row_major"
+                T.evaluate(_call("tvm_store_matrix_sync", *arguments))
+        T.evaluate(intrinsics.cluster_barrier() if tile.cluster > 1 else intrinsics.barrier())
         shape = [int(d) for d in self.output.shape]
         vector = next(v for v in (STORED_TOGETHER, 2, 1) if shape[-1] % v == 0)
         columns = min(tile.columns, ceil(shape[-1] / vector) * vector) if self.blocks[1] == 1 else tile.columns
         per_row = columns // vector
-        rows = tile.down * FRAGMENT
-        for i in range(down):
-            for j in range(across):
-                row = (self.slice * tile.down + self.warp_row) * FRAGMENT
-                column = (self.warp_column * across + j) * FRAGMENT
-                pointer = _pointer(self.out, (row, column), FRAGMENT * tile.out_pitch, "w")
-                arguments = self.sums.data, *_FRAGMENT_SIZES, i * across + j, pointer, tile.out_pitch, "row_major"
-                T.evaluate(_call("tvm_store_matrix_sync", *arguments))
-            for load in range(ceil(rows * per_row / tile.threads)):
-                index = self.thread + load * tile.threads
-                local, column = index // per_row, index % per_row * vector
-                row = self.row0 + (local // FRAGMENT * down + i) * FRAGMENT + local % FRAGMENT
-                conditions = [index < rows * per_row] if (load + 1) * tile.threads > rows * per_row else []
-                if product.rows % tile.rows:
-                    conditions.append(row < product.rows)
-                if self.blocks[1] * tile.columns > shape[-1]:
-                    conditions.append(self.column0 + column < shape[-1])
-                with _when(_all(conditions) if conditions else None):
-                    self._write(row, local, column, vector, shape)
+        rows = tile.rows // tile.cluster
+        for load in range(ceil(rows * per_row / tile.threads)):
+            index = self.thread + load * tile.threads
+            local, column = self.rank * rows + index // per_row, index % per_row * vector
+            row = self.row0 + local
+            conditions = [index < rows * per_row] if (load + 1) * tile.threads > rows * per_row else []
+            if product.rows % tile.rows:
+                conditions.append(row < product.rows)
+            if self.blocks[1] * tile.columns > shape[-1]:
+                conditions.append(self.column0 + column < shape[-1])
+            with _when(_all(conditions) if conditions else None):
+                self._write(row, local, column, vector, shape)
+        if tile.cluster > 1:
+            T.evaluate(intrinsics.cluster_barrier())  # a block's memory is there until all have read it
 
     def _write(self, row, local, column, vector: int, shape: list[int]) -> None:
         T = amx.ir()
         tile, product = self.tile, self.product
+        added = None
+        if tile.cluster > 1:
+            added = T.alloc_buffer((vector,), SUMS[self.dtype], scope="local")
+            own = T.address_of(self.out[local, column])
+            T.evaluate(intrinsics.cluster_sum(T.address_of(added[0]), own, vector, tile.cluster))
         with T.vectorized(_number(0), _number(vector)) as v:
-            result = self.out[local, column + v]
+            result = self.out[local, column + v] if added is None else added[v]
             for each in range(1, tile.slices):
-                result = result + self.out[local + each * tile.down * FRAGMENT, column + v]
+                result = result + self.out[local + each * tile.rows, column + v]
             place = output_place(product, row, self.column0 + column + v, shape)
             place = [x.astype(self.epilogue.index_dtype) for x in place]
             T.buffer_store(self.output, self.epilogue.at(place, result, self.renamed), place)

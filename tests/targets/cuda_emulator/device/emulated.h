@@ -16,6 +16,11 @@ extern __emu_uint3 __emu_thread, __emu_block, __emu_block_dim, __emu_grid_dim;
 extern unsigned char* __emu_dynamic_shared;
 void __emu_sync_block();
 void __emu_sync_warp();
+void __emu_sync_cluster();
+void __emu_copy16(void* to, const void* from, bool inside);
+void __emu_end_group();
+void __emu_await(size_t left);
+const void* __emu_shared_of(const void* own, unsigned block);
 unsigned __emu_linear();
 }
 #define threadIdx __emu_thread
@@ -97,3 +102,16 @@ inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
+
+// The device functions of `graphopt.targets.schedules.cuda.intrinsics`, which are PTX there.
+inline void graphopt_copy16(void* to, const void* from, bool inside) { __emu_copy16(to, from, inside); }
+inline void graphopt_copies_end() { __emu_end_group(); }
+inline void graphopt_copies_await(int left) { __emu_await(left); }
+inline void graphopt_cluster_barrier() { __emu_sync_cluster(); }
+template <typename T>
+void graphopt_cluster_sum(T* sums, const T* own, int count, int blocks) {
+  if ((size_t)own % (count * sizeof(T))) abort();
+  for (int v = 0; v < count; v++) sums[v] = 0;
+  for (int block = 0; block < blocks; block++)
+    for (int v = 0; v < count; v++) sums[v] += ((const T*)__emu_shared_of(own, block))[v];
+}
