@@ -63,14 +63,14 @@ MOST_GUILTY = 4
 
 def with_hybrids(candidates: Sequence[Candidate], compiler: Compiler) -> list[Candidate]:
     """`candidates`, and behind each that could not be compiled, or loses, one that is in parts, where that makes sense:
-    on this machine only, since ONNX Runtime runs nowhere else, and with the setting `engine` auto."""
+    on this machine's processor only, where ONNX Runtime runs, and with the setting `engine` auto."""
+    if not compiler.place.is_here or not compiler.target.runs_in_parts or compiler.settings.engine != "auto":
+        return list(candidates)
     found = []
     for candidate in candidates:
         found.append(candidate)
         record, variant = candidate.record, candidate.variant
-        if not compiler.place.is_here or compiler.settings.engine != "auto" or variant is None:
-            continue
-        if record.engine != "tvm" or record.precision != "float32":
+        if variant is None or record.engine != "tvm" or record.precision != "float32":
             continue
         if record.status == "unavailable":
             maker = _Maker.of(variant, compiler)

@@ -28,7 +28,7 @@ def test_every_candidate_is_right_and_raced(tmp_path):
     arguments = [
         "optimize", str(DIGITS), "-o", str(out), "--target", "cuda{arch=sm_80}", "--precision", "fp16",
         "--preset", "int8",
-        "--calib", str(DIGITS.parent / "calib.npz"), "--eval", str(DIGITS.parent / "eval.npz"), "--engine", "tvm",
+        "--calib", str(DIGITS.parent / "calib.npz"), "--eval", str(DIGITS.parent / "eval.npz"),
         "--tune-seconds", "1", "--measure-seconds", "1",
     ]  # fmt: skip
     environment = {**os.environ, "LD_LIBRARY_PATH": str(cuda_emulator.driver_folder()), "PYTHONPATH": str(ROOT)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from tests.targets import cuda_emulator
 from tests.targets.oracle import node, uniform
 from tests.targets.test_cuda import needs_emulator, needs_nvcc
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "benchmarks" / "gpu"
 
 
 def run(script: str, *arguments: str, libraries: Path | None = None, **environment: str):
@@ -104,3 +106,18 @@ def test_right_and_wrong_are_told_apart(small, tmp_path, monkeypatch):
     write_small(small, 1.01)
     done = run("numerics.py", str(small), "--precisions", "fp32", "--out", str(tmp_path), libraries=folder)
     assert done.returncode == 1 and "WRONG" in done.stdout, done.stdout
+
+
+@needs_emulator
+@pytest.mark.long
+def test_candidates_are_compared_and_recorded(small, tmp_path):
+    script = Path(cuda_emulator.__file__).parent / "sweep.py"
+    arguments = [str(small), "--first", "1", "--others", "3", "--jobs", "2", "--out", str(tmp_path / "sweep")]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(cuda_emulator.driver_folder()), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0 and "1 products" in done.stdout and "WRONG" not in done.stdout, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "sweep" / "tiles.json").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["us"] > 0 for row in rows)
+    assert json.loads((tmp_path / "sweep" / "schedules.jsonl").read_text())["template"] == "tensor_cores"

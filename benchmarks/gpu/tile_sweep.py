@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,9 @@ def outputs(candidates: Candidates, product: Product) -> list[np.ndarray]:
     import tvm
     from tvm import relax, runtime
 
-    device = tvm.cuda(0)
-    machine = relax.VirtualMachine(tvm.runtime.load_module(str(candidates.library)), device)
+    device: Any = tvm.cuda(0)
+    library: Any = tvm.runtime.load_module(str(candidates.library))
+    machine: Any = relax.VirtualMachine(library, device)
     rng = np.random.default_rng(0)
     feeds = [values(rng, shape, dtype) for shape, dtype in candidates.parameters[0]]
     found = []

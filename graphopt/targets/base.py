@@ -104,6 +104,11 @@ class Target(abc.ABC):
         """Whether the kernels of a run can be timed one by one, on a machine that runs them."""
         return True
 
+    @property
+    def runs_in_parts(self) -> bool:
+        """Whether compiled parts of a model and ONNX Runtime can take turns on the same tensors: a GPU has its own."""
+        return True
+
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
         """Translate a model with static input shapes.

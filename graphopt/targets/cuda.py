@@ -111,6 +111,10 @@ class Cuda(Target):
         return False  # a call of a kernel returns before it is done
 
     @property
+    def runs_in_parts(self) -> bool:
+        return False
+
+    @property
     def multiprocessors(self) -> int:
         """As given; of the device; of this machine's GPU where it has the architecture; else a usual number."""
         if self.sms:

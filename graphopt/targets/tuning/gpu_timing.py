@@ -120,7 +120,8 @@ def _copy(workload: GpuWorkload, shape: tuple[int, ...], dtype: str) -> Any:
     from tvm import te
 
     source = te.placeholder(shape, dtype, name="x")
-    made: Any = te.create_prim_func([source, te.compute(shape, lambda *at: source(*at), name="copy")])
+    operands: Any = [source, te.compute(shape, lambda *at: source(*at), name="copy")]
+    made = te.create_prim_func(operands)
     alike = GpuWorkload(made, gpu=workload.gpu, target=workload.target)
     return cuda.schedule(alike, cuda.choices(alike)[0]).func.without_attr("global_symbol")
 

@@ -26,6 +26,8 @@ SHAPES = (
 )  # fmt: skip
 """Rows and columns of a block's tile, warps down and across."""
 DEPTHS = (32, 64, 128)
+DEEPEST_MOVING = 64
+"""Where operands pass through registers: more would not fit there."""
 SLICES = (1, 2, 4)
 STAGES = (3, 4, 6)
 """Buffers of operands, where they are copied past the registers; else there are two."""
@@ -116,6 +118,8 @@ class Tile:
         dtype, limits = product.weight_dtype, gpu.limits
         down, across = self.grid
         if down * across * 8 > (MOST_SUMS if self.asynchronous else MOST_SUMS_MOVING) or self.threads > 512:
+            return False
+        if self.depth > DEEPEST_MOVING and not self.asynchronous:
             return False
         if self.depth % (FRAGMENT * self.slices) or self.registers(dtype) > limits.thread_registers:
             return False
