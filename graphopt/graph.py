@@ -43,6 +43,21 @@ def integers_of(value: ir.Value | None) -> list[int] | None:
     return [int(x) for x in array.reshape(-1)]
 
 
+_MOVES = ("Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+
+
+def chosen_constants(value: ir.Value | None) -> list[np.ndarray] | None:
+    """Constants that hold every number which a value can hold: those that Where chooses from, moved or not; or None."""
+    constant = constant_of(value)
+    if constant is not None:
+        return [constant]
+    node = None if value is None else value.producer()
+    if node is None or not is_onnx(node, "Where", *_MOVES):
+        return None
+    found = [chosen_constants(v) for v in (node.inputs[1:] if node.op_type == "Where" else node.inputs[:1])]
+    return None if any(each is None for each in found) else [array for each in found for array in each or ()]
+
+
 def sole_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None when there are more, none, or it is a graph output."""
     if value.is_graph_output():

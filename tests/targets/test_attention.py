@@ -188,3 +188,14 @@ def test_a_row_that_may_look_at_nothing_looks_at_all_alike():
     feeds["m"][:] = MASKED
     found = compiled(made, feeds)["y"]
     assert np.abs(found - feeds["v"].mean(axis=1, keepdims=True)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (12, 12)])
+@pytest.mark.parametrize("columns", [4, 7])
+def test_a_row_that_is_masked_by_infinity_is_zero(sizes, columns):
+    """In the kernel and written out, as in ONNX Runtime."""
+    made, feeds = written(2, 2, 3, columns, sizes, "padded", "three")
+    feeds["m"][0] = -np.inf
+    feeds["m"][1, ..., 1:] = -np.inf
+    agree(made, feeds, tolerance(sizes[0], columns))
+    assert (compiled(made, feeds)["y"][0] == 0).all()

@@ -31,6 +31,9 @@ operator."""
 FEWEST_LANES = 8
 GEOMETRY, OFFSETS = "graphopt.attention", "graphopt.offsets"
 """Annotations of the last block: B, H, M, N, D, E; and the first columns of q, k and v."""
+LEAST = 1e-30
+"""Shares of a row add up to 1 at least before they are divided by their sum; to 0 where -inf masks it throughout, and
+the row is 0 then."""
 _SPLIT = [0, 2, 1, 3]
 
 
@@ -350,7 +353,10 @@ def attention_of_rows(
     total: Any = te.compute(
         whole[:3], lambda *p: te.sum(share_of(scores[(*p, j)] - top[p]), axis=j), name="attention_sum"
     )
-    shares: Any = te.compute(whole, lambda *p: share_of(scores[p] - top[p[:3]]) / total[p[:3]], name="attention_shares")
+    least = tirx.const(LEAST, "float32")
+    shares: Any = te.compute(
+        whole, lambda *p: share_of(scores[p] - top[p[:3]]) / tirx.max(total[p[:3]], least), name="attention_shares"
+    )
 
     def cell(_one, c, p, lane):
         column = c * block + lane

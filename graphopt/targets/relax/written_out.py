@@ -166,6 +166,8 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value | None:
             scores = w.reshaped(scores, batch, heads, rows, columns)
         scores = w.add("Add", scores, mask)
     shares = w.add("Softmax", scores, axis=-1)
+    if mask is not None and _may_be_endless(mask):  # a row that -inf masks throughout is zero
+        shares = w.add("Where", w.add("IsNaN", shares), 0.0, shares)
     if shared > 1 and mask is not None:
         shares = w.reshaped(shares, batch, groups, shared * rows, columns)
     done = w.add("MatMul", shares, v)
@@ -174,6 +176,20 @@ def _attention(w: _Writer, node: ir.Node) -> ir.Value | None:
     if rank == 4:
         return done
     return w.reshaped(w.add("Transpose", done, perm=[0, 2, 1, 3]), batch, rows, heads * width)
+
+
+def _may_be_endless(mask: ir.Value) -> bool:
+    """Whether -inf may mask a row throughout."""
+    node = mask.producer()
+    if node is not None and g.is_onnx(node, "Max"):
+        bounds = [g.constant_of(v) for v in node.inputs]
+        if any(bound is not None and np.isfinite(bound).all() for bound in bounds):
+            return False
+    constant = g.constant_of(mask)
+    if constant is not None:
+        return bool(np.isneginf(constant).all(axis=-1).any())
+    chosen = g.chosen_constants(mask)
+    return chosen is None or any(np.isneginf(array).any() for array in chosen)
 
 
 _RULES: dict[str, Callable[[_Writer, ir.Node], ir.Value | None]] = {

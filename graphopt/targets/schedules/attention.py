@@ -239,6 +239,7 @@ class _Head:
             with T.vectorized(0, lanes) as lane:
                 place = v * lanes + lane
                 whole = total[place] + total[self.width + place] if ways == 2 else total[place]
+                whole = tirx.max(whole, tirx.const(computed.LEAST, "float32"))
                 T.buffer_store(inverse, tirx.const(1, "float32") / whole, [place])
 
     def _weigh(self, shares, inverse) -> None:
