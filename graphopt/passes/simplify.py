@@ -13,13 +13,15 @@ Cases, in the order they are tried; repeated until nothing changes:
 2. Constant nodes become initializers of the same name.
 3. Shapes are inferred, also where dimensions are dynamic (as polynomials: H + 2 - 3 + 1 = H).
 4. Integer vectors computed from known dimensions become constants; a Reshape whose target is known in all elements
-   but one gets a constant target with -1 there.
+   but one gets a constant target with -1 there; and a vector joined from parts of shapes is joined from numbers and
+   from single dimensions that are there anyway.
 5. Nodes whose operands are all constant are computed with ONNX Runtime's own kernels. A result of more than
    `max_folded_bytes` bytes is stored only if it takes no more room than the initializers it replaces: a large
    ConstantOfShape, Expand, Tile or Range stays a node.
 6. Nodes that change nothing go: Identity, Dropout in inference, Cast to the same type, Reshape, Expand, Flatten to
    the same shape, Transpose in order, Pad by nothing, Slice of everything, Tile by 1, Concat or Sum of one, x + 0,
-   x - 0, x * 1, x / 1, Relu of Relu and of what is never negative, Abs of Abs, Floor of Floor ...
+   x - 0, x * 1, x / 1, x and true, x or false, Relu of Relu and of what is never negative, Abs of Abs, Floor of
+   Floor ...; GatherND of all elements in the order in which they lie is a Reshape.
 7. Neighbours are joined: Transpose of Transpose; Reshape, Flatten, Squeeze, Unsqueeze and a Transpose that moves
    dimensions of size 1 only, of each other; Slice of Slice on other axes; slices that cut a value into pieces become
    one Split; Concat of Concat on one axis; Clip from at least 0 of Relu.
@@ -52,7 +54,9 @@ from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.cleanup.chains import fuse_chains
 from graphopt.passes.cleanup.duplicates import merge_duplicates
 from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
+from graphopt.passes.cleanup.index_grids import drop_index_grids
 from graphopt.passes.cleanup.redundant import drop_redundant
+from graphopt.passes.cleanup.shape_vectors import spell_vectors
 from graphopt.shapes.constants import fold_constants, lift_constants
 from graphopt.shapes.facts import ShapeFacts, store_known_vectors
 from graphopt.shapes.onnx_inference import infer_shapes
@@ -129,7 +133,9 @@ class Simplify(Pass):
             step += fold_constants(model, self.max_folded_bytes, given)
             step += drop_redundant(model, facts)
             step += fuse_chains(model, facts)
+            step += drop_index_grids(model, facts)
             step += merge_duplicates(model, facts)
+            step += spell_vectors(model, facts)
             step += _remove_unused(model)
             changed += step
             if not step:

@@ -49,6 +49,70 @@ def test_3_a_convolution_that_keeps_its_size_shares_its_shape():
     )
 
 
+def test_4_a_vector_is_joined_from_single_dimensions():
+    """Nobody reads the transposed value for its shape any more."""
+    rewrites(
+        OWN,
+        """g (float[N, 3, M] x, float[K] z) => (float y)
+        <int64[1] start = {0}, int64[1] end = {2}, int64[1] three = {3}> {
+            u = Transpose <perm = [2, 0, 1]> (x) v = Neg(u) s = Shape(v) lead = Slice(s, start, end)
+            n = Shape <start = 0, end = 1> (x)
+            t = Concat <axis = 0> (lead, three, n) w = Expand(z, t) y = ReduceSum <keepdims = 0> (w) }""",
+        """g (float[N, 3, M] x, float[K] z) => (float y) <int64[1] three = {3}> {
+            n = Shape <start = 0, end = 1> (x) m = Shape <start = 2, end = 3> (x)
+            t = Concat <axis = 0> (m, n, three, n) w = Expand(z, t) y = ReduceSum <keepdims = 0> (w) }""",
+        shapes={"x": (4, 3, 5), "z": (4,)},
+        opset=18,
+    )
+
+
+@pytest.mark.parametrize("target", ["{0, 0, 6}", "{0, -1, 6}"])
+def test_4_a_target_of_two_dimensions_that_may_not_be_copied(target):
+    """A dimension that was lost on the way (K or 1 of M) is what is left over: -1."""
+    rewrites(
+        OWN,
+        f"""g (float[N, M, 6] x, float[N, K, 6] z, int64[N, L] i) => (float[N, L, 6] y)
+        <int64[2] pair = {{2, 3}}, int64[3] back = {target}> {{
+            a = Add(x, z) s = Shape(i) t = Concat <axis = 0> (s, pair) v = Reshape <allowzero = 1> (a, t)
+            w = Reshape(v, back) y = Neg(w) }}""",
+        "g (float[N, M, 6] x, float[N, K, 6] z, int64[N, L] i) => (float[N, L, 6] y) { a = Add(x, z) y = Neg(a) }",
+        shapes={"x": (4, 5, 6), "z": (4, 5, 6), "i": (4, 5)},
+        opset=18,
+    )
+
+
+GRID = """g (bool[N, M] x) => (bool[N, 1, 1, M] y)
+    <int64 zero = {0}, int64 one = {1}, int64[3] right = {1, 2, 3}, int64[3] left = {0, 1, 2}, int64[1] last = {-1}> {
+        n = Shape <start = 0, end = 1> (x) m = Shape <start = 1, end = 2> (x) ns = Squeeze(n) ms = Squeeze(m)
+        i = Range(zero, ns, STEP) j = Range(zero, ms, one) iu = Unsqueeze(i, right) ju = Unsqueeze(j, left)
+        b = Max(iu, ju) s = Shape(b) ie = Expand(iu, s) je = Expand(ju, s)
+        il = Unsqueeze(ie, last) jl = Unsqueeze(je, last) k = Concat <axis = -1> (PARTS) y = GatherND(x, k) }"""
+
+
+def test_6_elements_gathered_in_order():
+    rewrites(
+        OWN,
+        GRID.replace("STEP", "one").replace("PARTS", "il, jl"),
+        "g (bool[N, M] x) => (bool[N, 1, 1, M] y) <int64[4] t = {0, 1, 1, -1}> { y = Reshape(x, t) }",
+        shapes={"x": (4, 5)},
+        opset=18,
+    )
+
+
+def test_6_elements_gathered_in_another_order():
+    before = GRID.replace("STEP", "one").replace("PARTS", "jl, il").replace("y)", "y)", 1)
+    found = OWN.run(parse(before.replace("bool[N, M] x", "bool[M, N] x"), opset=18), _context()).model
+    assert "GatherND" in [node.op_type for node in found.graph]
+
+
+@pytest.mark.parametrize("op,constant,stays_", [("And", 1, False), ("Or", 0, False), ("And", 0, True), ("Or", 1, True)])
+def test_6_neutral_booleans(op, constant, stays_):
+    before = f"""g (bool[2, 3] x) => (bool[2, 3] y) <bool c = {{{constant}}}> {{
+        n = Not(x) v = {op}(c, n) y = Not(v) }}"""
+    found = [node.op_type for node in OWN.run(parse(before), _context()).model.graph]
+    assert (op in found) == stays_
+
+
 def test_4_reshape_by_the_batch_dimension():
     rewrites(
         OWN,

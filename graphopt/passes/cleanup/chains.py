@@ -80,7 +80,8 @@ def _transpose(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
 
 
 def _reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
-    """Reshape(f(x)) = Reshape(x) for f that only changes the shape; a 0 in the target needs f's own shape.
+    """Reshape(f(x)) = Reshape(x) for f that only changes the shape; a 0 in the target, which means f's own dimension,
+    may become -1.
 
     First, a target known in all elements but one becomes a constant with -1 there (or 0 where the element is
     the input's own dimension at that place).
@@ -94,9 +95,17 @@ def _reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
         before, after = facts.shape(producer.inputs[0]), facts.shape(node.inputs[0])
         if before is None or after is None:
             return changed
-        for axis, size in enumerate(target):
-            if size == 0 and not (axis < min(len(before), len(after)) and before[axis] == after[axis]):
+        others = [
+            axis
+            for axis, size in enumerate(target)
+            if size == 0 and not (axis < min(len(before), len(after)) and before[axis] == after[axis])
+        ]
+        if others:
+            if len(others) > 1 or -1 in target or len(target) > len(after):
                 return changed
+            target[others[0]] = -1
+            name = f"{node.outputs[0].name}_shape"
+            node.replace_input_with(1, g.add_initializer(model.graph, name, np.array(target, np.int64)))
     _bypass(node, producer)
     return True
 
@@ -104,7 +113,7 @@ def _reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
 def _constant_target(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
     value = g.input_of(node, 1)
     wanted = facts.content(value)
-    if value is None or wanted is None or value.is_initializer() or g.attribute(node, "allowzero", 0):
+    if value is None or wanted is None or value.is_initializer():
         return False
     data = facts.shape(node.inputs[0])
     target: list[int] = []
@@ -121,6 +130,7 @@ def _constant_target(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
         return False
     constant = g.add_initializer(model.graph, f"{node.outputs[0].name}_shape", np.array(target, dtype=np.int64))
     node.replace_input_with(1, constant)
+    node.attributes.pop("allowzero", None)  # a 0 copies now
     return True
 
 
@@ -133,7 +143,7 @@ def _to_reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
     after = facts.shape(node.outputs[0])
     if producer is None or data is None or after is None or g.opset_of(model) < 5:
         return False
-    target = _as_target(data, after)
+    target = as_target(data, after)
     if target is None:
         return False
     constant = g.add_initializer(model.graph, f"{node.outputs[0].name}_shape", np.array(target, dtype=np.int64))
@@ -150,7 +160,7 @@ def _to_reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
     return True
 
 
-def _as_target(data: tuple, after: tuple) -> list[int] | None:
+def as_target(data: tuple, after: tuple) -> list[int] | None:
     """A constant Reshape target that gives `after` from `data`: at most one -1, 0 where a dimension stays put."""
     target = [
         size if isinstance(size, int) else 0 if axis < len(data) and data[axis] == size else -1

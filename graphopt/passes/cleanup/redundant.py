@@ -218,6 +218,8 @@ _CASES: dict[str, Callable[[ir.Node, ShapeFacts], ir.Value | None]] = {
     "Sub": _neutral(0.0, either_side=False),
     "Mul": _neutral(1.0, either_side=True),
     "Div": _neutral(1.0, either_side=False),
+    "And": _neutral(True, either_side=True),
+    "Or": _neutral(False, either_side=True),
     "Relu": _idempotent,
     "Abs": _idempotent,
     "Ceil": _idempotent,
