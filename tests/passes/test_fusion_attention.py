@@ -11,6 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt import graph as g
+from graphopt import model as models
+from graphopt.passes.base import Context
+from graphopt.passes.simplify import Simplify
 from tests.passes.fusing import Writing, fuse, operators
 
 
@@ -221,6 +225,110 @@ def test_a_mask_of_one_row_is_repeated_once():
     )
 
 
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """How PyTorch's scaled dot-product attention is written: rows that are NaN become zeros."""
+
+    mask: str = "chosen"
+    """none; fed: values of any kind; chosen: 0 or `hidden`."""
+    hidden: float = -math.inf
+    one_row: bool = False
+    rows_first: bool = True
+    batches: bool = True
+    """k is transposed as matrices (B * H, S, D)."""
+    size: int = 4
+
+
+def guarded(wiring: Guarded, *, zero: float = 0.0, shown: bool = False) -> tuple[Writing, list[str]]:
+    """Of inputs q, k, v and m. `shown`: the softmax is read elsewhere."""
+    heads = 2
+    shapes: dict = {name: ("B", places, heads, wiring.size) if wiring.rows_first else ("B", heads, places, wiring.size)
+                    for name, places in (("q", "S"), ("k", "T"), ("v", "T"))}  # fmt: skip
+    shapes["m"] = ("B", 1, 1 if wiring.one_row else "S", "T")
+    w = Writing(shapes, 18)
+    q, k, v = (w.call("Relu", name) for name in "qkv")
+    if wiring.rows_first:
+        q, k, v = (w.call("Transpose", x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+    if wiring.batches:
+        shape = w.call("Shape", k)
+        lead, rows = w.call("Slice", shape, np.array([0]), np.array([-2])), w.call("Shape", "m", start=3)
+        wide = np.array([wiring.size])
+        k = w.call("Reshape", k, w.call("Concat", np.array([-1]), rows, wide, axis=0))
+        k = w.call("Transpose", k, perm=[0, 2, 1])
+        k = w.call("Reshape", k, w.call("Concat", lead, wide, rows, axis=0))
+    else:
+        k = w.call("Transpose", k, perm=[0, 1, 3, 2])
+    root = wiring.size**-0.25
+    scores = w.call("MatMul", w.call("Mul", q, root), w.call("Mul", k, root))
+    if wiring.mask == "chosen":
+        seen = w.call("Greater", "m", 0.0)
+        scores = w.call("Add", scores, w.call("Where", seen, 0.0, wiring.hidden))
+    if wiring.mask == "fed":
+        scores = w.call("Add", scores, "m")
+    p = w.call("Softmax", scores, axis=-1)
+    y = w.call("MatMul", w.call("Where", w.call("IsNaN", p), zero, p), v)
+    y = w.call("Transpose", y, perm=[0, 2, 1, 3]) if wiring.rows_first else y
+    return w, [w.call("Neg", y), *([w.call("Neg", p)] if shown else [])]
+
+
+def simplified(w: Writing, outputs: list[str]) -> ir.Model:
+    """Before it is, k is read for its shape as well."""
+    return Simplify(use_onnxsim=False).run(w.model(*outputs), Context()).model
+
+
+@settings(max_examples=80)
+@given(
+    wiring=st.builds(
+        Guarded,
+        mask=st.sampled_from(["none", "fed", "chosen"]),
+        hidden=st.sampled_from([-math.inf, LOWEST, -1e9]),
+        one_row=st.booleans(),
+        rows_first=st.booleans(),
+        batches=st.booleans(),
+        size=st.integers(2, 5),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_guarded_attention(wiring, seed):
+    """Rows of which a mask leaves nothing: zeros where it is infinite, the mean of all values where it is a number."""
+    w, outputs = guarded(wiring)
+    rng = np.random.default_rng(seed)
+    sizes = {"B": 3, "S": 4, "T": 5}
+    shapes = {name: [sizes[d] if isinstance(d, str) else d for d in dims] for name, dims in w.inputs.items()}
+    feeds = {name: rng.standard_normal(dims).astype(np.float32) for name, dims in shapes.items()}
+    if wiring.mask == "fed":
+        numbers = np.array([0, 0.5, -1e9, LOWEST, -np.inf], np.float32)
+        feeds["m"] = rng.choice(numbers, shapes["m"])
+        feeds["m"][0] = -np.inf
+        feeds["m"][1, ..., -1, :] = rng.choice(numbers[-2:], sizes["T"])
+    feeds["m"][2, ..., 0, :] = LOWEST  # of "chosen": hidden
+    found = operators(fuse(simplified(w, outputs), feeds).model)
+    assert found.count("Attention") == 1
+    assert not {"Softmax", "IsNaN", "MatMul", "Add", "Mul", "Slice"} & set(found)
+    assert found.count("Transpose") == 0
+    assert found.count("Where") == (wiring.mask != "none")
+    assert "Max" not in found
+    assert found.count("Equal") == (wiring.mask == "fed")
+
+
+def test_a_mask_of_numbers_is_made_once():
+    """The Where that chooses the lowest float32 chooses a number above it instead."""
+    w, outputs = guarded(Guarded(hidden=LOWEST))
+    model = fuse(simplified(w, outputs)).model
+    (chosen,) = (node for node in model.graph if node.op_type == "Where")
+    numbers = [g.constant_of(value) for value in chosen.inputs[1:]]
+    assert [LOWEST < number < -1e38 for number in numbers if number is not None] == [False, True]
+
+
+@pytest.mark.parametrize("wrong", ["zero", "shown"])
+def test_no_guarded_attention(wrong):
+    w, outputs = guarded(Guarded(), zero=0.5 if wrong == "zero" else 0.0, shown=wrong == "shown")
+    assert "Attention" not in operators(fuse(simplified(w, outputs)).model)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -271,10 +379,6 @@ def test_no_attention(wrong):
 
 def test_decoder(shared_model):
     """A LLaMA-type decoder: a rotary embedding each for q and k, attention of groups, two norms in each of 5 layers."""
-    from graphopt import model as models
-    from graphopt.passes.base import Context
-    from graphopt.passes.simplify import Simplify
-
     original: ir.Model = models.load(shared_model("stories260k"))
     simplified = Simplify(use_onnxsim=False).run(original.clone(), Context()).model
     tokens = np.random.default_rng(0).integers(0, 500, (2, 9))

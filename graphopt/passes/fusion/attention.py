@@ -2,16 +2,17 @@
 
     MatMul(Softmax(MatMul(q, k^T) * s + mask), v)  =  Attention(q, k, v, mask, scale=s)
 
-q, k and v are (B, H, S, D), or (B, S, H, D) transposed; the scale a constant factor or divisor of the scores, of q or
-of k, or none; the mask any value added to the scores. Where all three come as (B, S, H, D), and the result goes on as
-(B, S, H, D), the operator takes them as (B, S, H*D) and no transposition is left. Heads of k and v that were repeated
-for groups of heads of q (by Tile or Expand of a new axis behind the heads, both alike) are not repeated any more.
+q, k and v are (B, H, S, D), or (B, S, H, D) transposed, k also as matrices (B*H, S, D); the scale a constant factor or
+divisor of the scores, of q, of k or of both, or none; the mask any value added to the scores. Where all three come as
+(B, S, H, D), and the result goes on as (B, S, H, D), the operator takes them as (B, S, H*D) and no transposition is
+left. Heads of k and v that were repeated for groups of heads of q (by Tile or Expand of a new axis behind the heads,
+both alike) are not repeated any more. What PyTorch puts behind the softmax of its scaled dot-product attention, zeros
+where it is NaN, goes: the operator makes zeros of a row that -inf masks throughout (`attention_mask.py`).
 
 Conditions: float32; H and D known; the shape of the mask proven to be (.., S of q, S of k), or (.., 1, S of k), which
-is repeated for all rows (ONNX Runtime wants that), once for the whole model; softmax over the last axis. A row that is
-masked throughout is the mean of all values, where masks are large numbers; ONNX Runtime's operator takes the lowest
-float32 for -inf then, and gives zeros, so what callers say of masks is kept above it. A row whose mask is -inf
-throughout is finite, where the original gives NaN.
+is repeated for all rows, once for the whole model; softmax over the last axis. Differences accepted: a row that -inf
+masks throughout is finite, where an original without a guard gives NaN; and a NaN in q or k stays one, where a guard
+makes zeros of it.
 Reference: Vaswani et al., Attention Is All You Need, NeurIPS 2017, section 3.2.1; Ainslie et al., GQA, EMNLP 2023.
 """
 
@@ -20,18 +21,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
+from graphopt.passes.fusion.attention_mask import expanded, mask_rows, prepared
 from graphopt.passes.fusion.pattern import Fusion, View, Writer, is_float, producer, reader, scalar
-from graphopt.passes.fusion.rotary_embedding import dimension
 from graphopt.shapes.dimensions import Size
 
 ANCHORS = ("Softmax",)
 OPSET = 23
-LOWEST = -3e38
-"""Just above the lowest float32."""
 _SWAP = (0, 2, 1, 3)
 
 
@@ -66,8 +64,10 @@ def match(node: ir.Node, view: View) -> Fusion | None:
     shape = view.shape(node.outputs[0])
     if shape is None or len(shape) != 4 or g.attribute(node, "axis", -1) not in (-1, 3) or view.opset < 11:
         return None
-    times = reader(node.outputs[0], "MatMul")
-    if times is None or times.inputs[0] is not node.outputs[0] or not is_float(node.outputs[0]):
+    guard = _guard(node.outputs[0])
+    weights = node.outputs[0] if not guard else guard[-1].outputs[0]
+    times = reader(weights, "MatMul")
+    if times is None or times.inputs[0] is not weights or not is_float(node.outputs[0]):
         return None
     scores = _scores(node.inputs[0])
     if scores is None:
@@ -78,10 +78,11 @@ def match(node: ir.Node, view: View) -> Fusion | None:
     k, v = _ungrouped(view, k, q.heads), _ungrouped(view, v, q.heads)
     if k.heads != v.heads:
         return None
-    mask_rows = _mask_rows(view, scores.mask, q, k)
-    if mask_rows is None:
+    (batch, rows), (_, columns) = q.shape(view), k.shape(view)
+    one_row = mask_rows(view, scores.mask, (batch, q.heads, rows, columns))
+    if one_row is None:
         return None
-    top, nodes = times, {node, times, *scores.nodes, *q.nodes, *k.nodes, *v.nodes}
+    top, nodes = times, {node, times, *guard, *scores.nodes, *q.nodes, *k.nodes, *v.nodes}
     back = reader(times.outputs[0], "Transpose")
     rows_first = all(each.rows_first for each in (q, k, v))
     if back is not None and tuple(g.attribute(back, "perm", ())) == _SWAP and rows_first:
@@ -89,8 +90,19 @@ def match(node: ir.Node, view: View) -> Fusion | None:
         nodes.add(back)
     else:
         rows_first = False
-    found = _Attention(view, q, k, v, scores, mask_rows, rows_first)
+    found = _Attention(view, q, k, v, scores, one_row, rows_first, bool(guard))
     return Fusion(top, frozenset(nodes), OPSET, found.build)
+
+
+def _guard(weights: ir.Value) -> list[ir.Node]:
+    """IsNaN and Where that make zeros of NaN in a softmax's result; empty where it is read as it is."""
+    readers = {usage.node for usage in weights.uses()}
+    chosen = next((n for n in readers if g.is_onnx(n, "Where") and n.inputs[2] is weights), None)
+    found = None if chosen is None else producer(chosen.inputs[0], "IsNaN")
+    if chosen is None or found is None or found.inputs[0] is not weights or scalar(chosen.inputs[1]) != 0:
+        return []
+    zero = g.constant_of(chosen.inputs[1])
+    return [found, chosen] if zero is not None and zero.ndim <= 4 and readers == {found, chosen} else []
 
 
 def _scores(value: ir.Value | None) -> _Scores | None:
@@ -151,6 +163,9 @@ def _plain(view: View, value: ir.Value | None) -> _Heads | None:
 
 def _transposed(view: View, value: ir.Value | None) -> _Heads | None:
     """k as MatMul reads it: (B, H, D, S)."""
+    batched = _transposed_in_batches(view, value)
+    if batched is not None:
+        return batched
     moved = producer(value, "Transpose")
     perm = tuple(g.attribute(moved, "perm", ())) if moved is not None else ()
     if moved is None or perm not in ((0, 1, 3, 2), (0, 2, 3, 1)):
@@ -159,6 +174,23 @@ def _transposed(view: View, value: ir.Value | None) -> _Heads | None:
         return _heads(view, moved.inputs[0], True, frozenset([moved]))
     inner = _plain(view, moved.inputs[0])
     return None if inner is None else replace(inner, nodes=inner.nodes | {moved})
+
+
+def _transposed_in_batches(view: View, value: ir.Value | None) -> _Heads | None:
+    """k as matrices (B * H, S, D) that are transposed: Reshape, Transpose, Reshape."""
+    after = producer(value, "Reshape")
+    moved = producer(after.inputs[0], "Transpose") if after is not None else None
+    before = producer(moved.inputs[0], "Reshape") if moved is not None else None
+    if after is None or moved is None or before is None or tuple(g.attribute(moved, "perm", ())) != (0, 2, 1):
+        return None
+    shapes = [view.shape(v) for v in (before.inputs[0], before.outputs[0], value)]
+    if any(shape is None for shape in shapes):
+        return None
+    given, matrices, turned = (shape for shape in shapes if shape is not None)
+    if len(given) != 4 or matrices[1:] != given[2:] or turned != (*given[:2], given[3], given[2]):
+        return None
+    inner = _plain(view, before.inputs[0])
+    return None if inner is None else replace(inner, nodes=inner.nodes | {after, moved, before})
 
 
 def _heads(
@@ -220,37 +252,6 @@ def _expands_to(view: View, node: ir.Node, before: tuple[Size, ...], axis: int, 
     )
 
 
-def _mask_rows(view: View, mask: ir.Value | None, q: _Heads, k: _Heads) -> bool | None:
-    """Whether a mask is one row for all positions of q; None where it does not fit."""
-    if mask is None:
-        return False
-    shape = view.shape(mask)
-    batch, rows = q.shape(view)
-    columns = k.shape(view)[1]
-    if shape is None or not 2 <= len(shape) <= 4 or not is_float(mask) or shape[-1] != columns:
-        return None
-    lead = (1,) * (4 - len(shape)) + shape[:-2]
-    if lead[0] not in (1, batch) or lead[1] not in (1, q.heads):
-        return None
-    return False if shape[-2] == rows else True if shape[-2] == 1 else None
-
-
-def _is_told(mask: ir.Value) -> bool:
-    """Whether a mask depends on what callers feed, not only on sizes: then it may leave nothing of a row."""
-    waiting, seen = [mask], {mask}
-    while waiting:
-        value = waiting.pop()
-        node = value.producer()
-        if node is None:
-            if value.is_graph_input():
-                return True
-        elif not g.is_onnx(node, "Shape", "Size"):
-            fresh = [v for v in node.inputs if v is not None and v not in seen]
-            seen.update(fresh)
-            waiting += fresh
-    return False
-
-
 @dataclass(frozen=True)
 class _Attention:
     """All that the operator needs."""
@@ -262,6 +263,7 @@ class _Attention:
     scores: _Scores
     one_row: bool
     rows_first: bool
+    guarded: bool
 
     def build(self, writer: Writer) -> ir.Value:
         attributes: dict[str, float | int] = {"scale": self.scores.scale}
@@ -286,23 +288,7 @@ class _Attention:
         return writer.node("Transpose", [value], {"perm": _SWAP}) if each.rows_first else value
 
     def _mask(self, writer: Writer) -> ir.Value | None:
-        mask, shared = self.scores.mask, self.view.shared
-        if mask is not None and _is_told(mask):
-            key = ("finite", mask)
-            if key not in shared:
-                shared[key] = writer.node("Max", [mask, writer.constant("lowest", np.array(LOWEST, np.float32))])
-            mask = shared[key]
-        if mask is None or not self.one_row:
-            return mask
-        rows = self.q.shape(self.view)[1]
-        key = ("rows", mask, rows)
-        if key not in shared:
-            shared[key] = writer.node("Expand", [mask, self._rows_target(writer, rows)])
-        return shared[key]
-
-    def _rows_target(self, writer: Writer, rows: Size) -> ir.Value:
-        """The shape (S of q, 1)."""
-        if isinstance(rows, int):
-            return writer.constant("target", np.array([rows, 1], np.int64))
-        count = dimension(self.view, writer, self.q.value, 1 if self.q.rows_first else 2)
-        return writer.node("Concat", [count, writer.constant("one", np.array([1], np.int64))], {"axis": 0})
+        if self.scores.mask is None:
+            return None
+        mask = prepared(self.view, writer, self.scores.mask, self.guarded)
+        return expanded(self.view, writer, mask, self.q.value, 1 if self.q.rows_first else 2) if self.one_row else mask
