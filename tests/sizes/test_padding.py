@@ -20,6 +20,7 @@ from graphopt.pipeline import PRESETS, Pipeline
 from graphopt.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from graphopt.sizes.padding import Padding, Refusal, prove
 from graphopt.targets.cpu import Cpu
+from tests.passes.test_fusion_attention import Guarded, guarded
 
 WIDTH = 4
 
@@ -250,3 +251,23 @@ def test_a_network_with_batches(shared_model):
     model = models.load(shared_model("squeezenet1_1"))
     with tempfile.TemporaryDirectory() as work:
         assert prove(model, [("data", 0)], 1, 4, Path(work)) == Padding()
+
+
+@pytest.mark.parametrize("hidden", [-np.inf, float(np.finfo(np.float32).min)])
+def test_guarded_attention(hidden):
+    """PyTorch's attention, as exported and fused: padded positions are masked as those are that callers mask."""
+    w, outputs = guarded(Guarded(hidden=hidden))
+    w.inputs = {name: (1, *("S" if d in ("S", "T") else d for d in dims[1:])) for name, dims in w.inputs.items()}
+    model, _ = Pipeline.parse(PRESETS["exact"]).run(w.model(*outputs), Context(Cpu().capabilities))
+    assert "Attention" in [node.op_type for node in model.graph]
+    places = [("q", 1), ("k", 1), ("v", 1), ("m", 2), ("m", 3)]
+    with tempfile.TemporaryDirectory() as work:
+        assert prove(model, places, 4, 8, Path(work)) == Padding(frozenset({("m", 3)}))
+    rng = np.random.default_rng(0)
+    run = OnnxRuntimeEngine(ir.to_proto(model).SerializeToString(), 1, optimize=False).run
+    shapes = {name: [d if isinstance(d, int) else 5 for d in dims] for name, dims in w.inputs.items()}
+    feeds = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    padded = {name: np.pad(a, [(0, 3 if (name, axis) in places else 0) for axis in range(4)])
+              for name, a in feeds.items()}  # fmt: skip
+    (wanted,), (found,) = run(feeds).values(), run(padded).values()
+    np.testing.assert_allclose(found[:, :5], wanted, rtol=1e-5, atol=1e-6)
