@@ -15,7 +15,7 @@ STEERING: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(
         ("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Split", "TopK", "Trilu", "CumSum",
          "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
-         "ReduceLogSumExp", "ReduceSumSquare", "AffineGrid", "CenterCropPad", "Upsample", "BitShift", "CumProd"),
+         "ReduceLogSumExp", "ReduceSumSquare", "AffineGrid", "CenterCropPad", "Upsample", "CumProd"),
         (1,),
     ),
     **dict.fromkeys(("ConstantOfShape", "HannWindow", "HammingWindow", "BlackmanWindow", "If"), (0,)),
@@ -24,7 +24,7 @@ STEERING: Mapping[str, tuple[int, ...]] = {
     "Resize": (1, 2, 3),
     "Range": (0, 1, 2),
     "Dropout": (1, 2),
-    "OneHot": (1, 2),
+    "OneHot": (1,),
     "DFT": (1, 2),
     "STFT": (1, 3),
     "MelWeightMatrix": (0, 1, 2, 3, 4),

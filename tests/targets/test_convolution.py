@@ -114,6 +114,26 @@ def test_transposed(groups, channels, outs, size, kernel, strides, pads, extra):
     agree(made, {"x": x}, sum_tolerance(channels * kernel[0] * kernel[1]))
 
 
+@pytest.mark.parametrize("more", [-3, -2, -1, 0, 1])
+@pytest.mark.parametrize("mode", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
+def test_a_transposed_convolution_whose_output_is_given(mode, more):
+    """Smaller than all products span, as large, and larger."""
+    x = uniform(1, 1, 4, 5, 6)
+    shape = [(5 - 1) * 2 + 3 + more, (6 - 1) * 3 + 3 + more]
+    window = {"strides": (2, 3), "auto_pad": mode, "output_shape": shape}
+    made = model([node("ConvTranspose", ["x", "w"], ["y"], **window)], {"x": x}, ["y"], {"w": uniform(2, 4, 3, 3, 3)})
+    agree(made, {"x": x}, sum_tolerance(4 * 9))
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 3)])
+def test_a_transposed_convolution_that_multiplies_the_size(mode, strides):
+    x = uniform(1, 1, 4, 5, 6)
+    window = {"strides": strides, "auto_pad": mode}
+    made = model([node("ConvTranspose", ["x", "w"], ["y"], **window)], {"x": x}, ["y"], {"w": uniform(2, 4, 3, 4, 4)})
+    agree(made, {"x": x}, sum_tolerance(4 * 16))
+
+
 def test_a_dilated_transposed_convolution_of_stride_one_dilates_once():
     x = uniform(1, 1, 4, 5, 6)
     window = {"dilations": [2, 1], "pads": [0, 1, 0, 1]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import GraphoptError
@@ -18,13 +18,13 @@ BLEND_TOLERANCE = 8 * EPSILON
 CASES = settings(max_examples=25, deadline=None)
 
 
-def resized(x, factors, *, by_size: bool = False, **attributes):
+def resized(x, factors, *, by_size: bool = False, opset: int = 17, **attributes):
     constants = {"scales": np.asarray([1, 1, *factors], np.float32)}
     inputs = ["x", "", "scales"]
     if by_size:
         constants = {"sizes": np.asarray([*x.shape[:2], *factors], np.int64)}
         inputs = ["x", "", "", "sizes"]
-    return model([node("Resize", inputs, ["y"], **attributes)], {"x": x}, ["y"], constants)
+    return model([node("Resize", inputs, ["y"], **attributes)], {"x": x}, ["y"], constants, opset)
 
 
 @CASES
@@ -76,12 +76,80 @@ def test_between_convolutions_it_stays_in_blocked_form(mode):
     close(compiled(made, {"x": x}), reference(made, {"x": x}), 64 * EPSILON)
 
 
-def test_cubic_is_not_taken_for_linear():
-    """It goes to TVM's own importer, or is refused; it must not come out wrong."""
-    x = uniform(1, 1, 3, 6, 6)
-    made = resized(x, (2, 2), mode="cubic")
-    try:
-        found = compiled(made, {"x": x})
-    except GraphoptError:
-        return
-    close(found, reference(made, {"x": x}), 1e-4)
+CUBIC_TOLERANCE = 32 * EPSILON
+"""Two sums of four products each, whose weights add up to 1 and in magnitude to 1.75 at most; and weights that are
+polynomials in float32 on the other side."""
+
+
+@CASES
+@given(
+    size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    factors=st.tuples(st.sampled_from([0.5, 0.6, 1, 2, 2.25]), st.sampled_from([0.5, 0.8, 1, 1.5, 3])),
+    coordinates=st.sampled_from(["half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"]),
+    exclude=st.booleans(),
+    a=st.sampled_from([-0.75, -0.5]),
+)
+def test_cubic(size, factors, coordinates, exclude, a):
+    x = uniform(1, 1, 3, *size)
+    assume(min(int(np.float32(n) * np.float32(f)) for n, f in zip(size, factors, strict=True)) > 0)
+    made = resized(
+        x,
+        factors,
+        mode="cubic",
+        coordinate_transformation_mode=coordinates,
+        exclude_outside=int(exclude),
+        cubic_coeff_a=a,
+    )
+    close(compiled(made, {"x": x}), reference(made, {"x": x}), CUBIC_TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("out", [(3, 4), (5, 2), (9, 12)])
+def test_antialias_widens_the_filter(mode, out):
+    x = uniform(1, 2, 3, 8, 11)
+    made = resized(x, out, by_size=True, mode=mode, antialias=1, opset=18)
+    close(compiled(made, {"x": x}), reference(made, {"x": x}), CUBIC_TOLERANCE)
+
+
+@pytest.mark.parametrize("policy", ["stretch", "not_larger", "not_smaller"])
+@pytest.mark.parametrize("axes", [(2, 3), (3, 2)])
+def test_some_axes_in_some_order(axes, policy):
+    x = uniform(1, 1, 2, 5, 7)
+    constants = {"sizes": np.array([8, 9], np.int64)}
+    made = model(
+        [node("Resize", ["x", "", "", "sizes"], ["y"], axes=axes, keep_aspect_ratio_policy=policy)],
+        {"x": x},
+        ["y"],
+        constants,
+        opset=18,
+    )
+    np.testing.assert_array_equal(compiled(made, {"x": x})["y"], reference(made, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_a_region_of_the_picture_and_what_is_outside(mode):
+    x = uniform(1, 1, 2, 6, 5)
+    constants = {
+        "roi": np.array([0, 0, 0.2, -0.3, 1, 1, 0.7, 1.2], np.float32),
+        "sizes": np.array([1, 2, 4, 9], np.int64),
+    }
+    attributes = {"mode": mode, "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 7.0}
+    made = model([node("Resize", ["x", "roi", "", "sizes"], ["y"], **attributes)], {"x": x}, ["y"], constants)
+    wanted = reference(made, {"x": x})
+    assert (wanted["y"] == 7).any()
+    close(compiled(made, {"x": x}), wanted, BLEND_TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("shape", [(1, 2, 7), (1, 2, 3, 4, 5)])
+def test_pictures_of_one_and_three_dimensions(shape, mode):
+    x = uniform(1, *shape)
+    scales = np.array([1, 1, 2, 1.5, 0.5][: len(shape)], np.float32)
+    made = model([node("Resize", ["x", "", "scales"], ["y"], mode=mode)], {"x": x}, ["y"], {"scales": scales})
+    close(compiled(made, {"x": x}), reference(made, {"x": x}), BLEND_TOLERANCE)
+
+
+def test_how_bytes_are_blended_is_not_defined():
+    x = np.zeros((1, 3, 4, 4), np.uint8)
+    with pytest.raises(GraphoptError, match="Resize"):
+        compiled(resized(x, (2, 2), mode="linear"), {"x": x})

@@ -31,13 +31,15 @@ def definition(
 
     `types`: shape and element type of each input, None for those left out.
     """
-    infos = {}
+    infos = {"": helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, ())}  # the inliner wants a type of gaps, too
     for name, known in zip(node.input, types, strict=True):
         if name and known is not None:
             dtype = helper.np_dtype_to_tensor_dtype(np.dtype(known[1]))
             infos[name] = helper.make_tensor_value_info(name, dtype, known[0])
+    if all(node.input):
+        del infos[""]
     outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
-    graph = helper.make_graph([node], "definition", list(infos.values()), outputs)
+    graph = helper.make_graph([_with_defaults(node, opset)], "definition", list(infos.values()), outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     try:
         made = onnx.inliner.inline_selected_functions(model, [("", node.op_type)], False, True)
@@ -45,3 +47,14 @@ def definition(
         return None
     same = len(made.graph.node) == 1 and made.graph.node[0].op_type == node.op_type
     return None if same or not made.graph.node else made.graph
+
+
+def _with_defaults(node: onnx.NodeProto, opset: int) -> onnx.NodeProto:
+    """The node with the attributes that it leaves to their defaults: definitions refer to them."""
+    schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
+    given = {a.name for a in node.attribute}
+    missing = [a.default_value for name, a in schema.attributes.items() if name not in given and a.default_value.name]
+    whole = onnx.NodeProto()
+    whole.CopyFrom(node)
+    whole.attribute.extend(missing)
+    return whole

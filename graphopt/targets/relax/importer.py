@@ -40,8 +40,10 @@ from graphopt.targets.relax import (
     control_flow,
     conv_transpose,
     convolution,
+    defined_elementwise,
     elementwise_operators,
     expansion,
+    explicit_pads,
     index_bounds,
     integer_layers,
     integer_operators,
@@ -66,6 +68,7 @@ _ = (
     attention,
     convolution,
     conv_transpose,
+    defined_elementwise,
     elementwise_operators,
     integer_operators,
     normalization,
@@ -232,6 +235,8 @@ class Importer:
         """Import one node. Raises TargetError."""
         inputs = nodes.without_empty_axes(node, [self.values[name] if name else None for name in node.input])
         self.builder.layer = nodes.label(node)
+        if node.op_type == "ConvTranspose":
+            node = _padded(node, inputs)
         guard.at(f"node {nodes.label(node)!r} ({node.op_type})")
         results = self._folded(node, inputs)
         if results is None:
@@ -452,6 +457,13 @@ def _leads_to(node: Any, last: Any, consumers: Mapping[str, list[onnx.NodeProto 
             return False
         node = readers[0]
     return True
+
+
+def _padded(node: onnx.NodeProto, inputs: list[Value | None]) -> onnx.NodeProto:
+    data, weight = inputs[:2]
+    if data is None or weight is None or not data.shape or not weight.shape:
+        return node
+    return explicit_pads.with_pads(node, data.shape, weight.shape)
 
 
 def _integers(node: onnx.NodeProto, inputs: list[Value | None], array: np.ndarray) -> Value:

@@ -1,7 +1,5 @@
 """Resize in blocked form: where each row and column comes from is a table made here, so a vector of channels is read
-with plain loads, whatever the coordinates.
-
-ONNX Runtime computes coordinates in float32, and so does this: a nearest neighbour that falls on a tie is the same one.
+with plain loads, whatever the coordinates. What has no such form is `resize_axes`'s.
 """
 
 from __future__ import annotations
@@ -10,21 +8,31 @@ import math
 
 import numpy as np
 
-from graphopt.targets.relax import computes
+from graphopt.targets.relax import computes, resize_axes
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image
+from graphopt.targets.relax.resize_coordinates import COORDINATES, ROUNDINGS
 from graphopt.targets.relax.values import FUSABLE_ROOT, INJECTIVE, Builder, Value
 
 F = np.float32
 
 
-@emits("Resize")
+@emits("Resize", "Upsample")
 def resize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    return _in_blocks(builder, node, inputs) or resize_axes.resized(builder, node, inputs)
+
+
+def _in_blocks(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
     mode, coordinates = _text(node, "mode", "nearest"), _text(node, "coordinate_transformation_mode", "half_pixel")
     moves = mode == "nearest" and data is not None and data.is_image and data.dtype in computes.BYTES
-    if not (is_float_image(data) or moves) or node.opset < 11 or mode not in ("nearest", "linear"):
+    if (
+        node.op_type != "Resize"
+        or not (is_float_image(data) or moves)
+        or node.opset < 11
+        or mode not in ("nearest", "linear")
+    ):
         return None
-    if coordinates not in _COORDINATES or "axes" in node.attributes or node.get("antialias", 0):
+    if coordinates not in COORDINATES or "axes" in node.attributes or node.get("antialias", 0):
         return None
     if _text(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
         return None
@@ -34,13 +42,13 @@ def resize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
         return None
     out, scales = found
     size = (int(data.shape[2]), int(data.shape[3]))
-    originals = [_COORDINATES[coordinates](np.arange(out[a], dtype=F), size[a], out[a], scales[a]) for a in (0, 1)]
+    originals = [COORDINATES[coordinates](np.arange(out[a], dtype=F), size[a], out[a], scales[a]) for a in (0, 1)]
     if mode == "nearest":
         rounding = _text(node, "nearest_mode", "round_prefer_floor")
-        if rounding not in _ROUNDINGS:
+        if rounding not in ROUNDINGS:
             return None
         tables = [
-            np.clip(_ROUNDINGS[rounding](x), 0, n - 1).astype(np.int32) for x, n in zip(originals, size, strict=True)
+            np.clip(ROUNDINGS[rounding](x), 0, n - 1).astype(np.int32) for x, n in zip(originals, size, strict=True)
         ]
         constants = [builder.constant(table) for table in tables]
         made = builder.call(
@@ -74,36 +82,6 @@ def _geometry(shape, inputs: Inputs) -> tuple[tuple[int, int], tuple[np.float32,
     if out[:2] != [int(v) for v in shape[:2]] or min(out) < 1:
         return None
     return (out[2], out[3]), (factors[2], factors[3])
-
-
-def _half_pixel(x, size: int, out: int, scale):
-    return (x + F(0.5)) / scale - F(0.5)
-
-
-def _pytorch_half_pixel(x, size: int, out: int, scale):
-    return (x + F(0.5)) / scale - F(0.5) if out > 1 else np.zeros_like(x)
-
-
-def _align_corners(x, size: int, out: int, scale):
-    return x * F(size - 1) / F(out - 1) if out > 1 else np.zeros_like(x)
-
-
-def _asymmetric(x, size: int, out: int, scale):
-    return x / scale
-
-
-_COORDINATES = {
-    "half_pixel": _half_pixel,
-    "pytorch_half_pixel": _pytorch_half_pixel,
-    "align_corners": _align_corners,
-    "asymmetric": _asymmetric,
-}
-_ROUNDINGS = {
-    "round_prefer_floor": lambda x: np.ceil(x - F(0.5)),
-    "round_prefer_ceil": lambda x: np.floor(x + F(0.5)),
-    "floor": np.floor,
-    "ceil": np.ceil,
-}
 
 
 def _neighbours(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 
 from graphopt.targets.relax.values import Value
@@ -45,39 +44,6 @@ def _dropout(attributes, inputs, opset, node) -> str | None:
     return None
 
 
-def _bit_shift(attributes, inputs, opset, node) -> str | None:
-    amount = _const(inputs, 1)
-    if opset < 28:
-        return None
-    width = 8 * np.dtype(inputs[0].dtype).itemsize
-    if amount is None:
-        return "shifts by amounts known at run time, which may be negative or wider than the number"
-    return "shifts that are negative or wider than the number" if np.any((amount < 0) | (amount >= width)) else None
-
-
-def _is_inf(attributes, inputs, opset, node) -> str | None:
-    if not attributes.get("detect_positive", 1) or not attributes.get("detect_negative", 1):
-        return "one sign only"
-    return None
-
-
-def _mod(attributes, inputs, opset, node) -> str | None:
-    floats = inputs[0].dtype.startswith("float")
-    return "fmod=0 of floats" if floats and not attributes.get("fmod", 0) else None
-
-
-def _resize(attributes, inputs, opset, node) -> str | None:
-    if attributes.get("antialias", 0):
-        return "antialias"
-    if attributes.get("exclude_outside", 0):
-        return "exclude_outside"
-    if attributes.get("coordinate_transformation_mode") == "half_pixel_symmetric":
-        return "coordinates half_pixel_symmetric"
-    if attributes.get("mode", "nearest") == "cubic" and _const(inputs, 2) is not None and _const(inputs, 2).size:
-        return "mode cubic by scales"
-    return None
-
-
 def _p_relu(attributes, inputs, opset, node) -> str | None:
     data, slope = (value.shape for value in inputs[:2])
     fits = len(slope) <= len(data) and all(a in (1, b) for a, b in zip(slope[::-1], data[::-1], strict=False))
@@ -101,20 +67,11 @@ def _of_type(*dtypes: str) -> Rule:
     return rule
 
 
-def _pow(attributes, inputs, opset, node) -> str | None:
-    base = inputs[0].dtype
-    return None if base.startswith("float") else f"of {base}"
-
-
 def _empty(attributes, inputs, opset, node) -> str | None:
     shape = inputs[0].shape if inputs and inputs[0] is not None else None
     if inputs and inputs[0] is not None and inputs[0].dtype == "bool":
         return "of bool"
     return "of a tensor with no elements" if shape is not None and 0 in shape else None
-
-
-def _conv_transpose(attributes, inputs, opset, node) -> str | None:
-    return "output_shape" if "output_shape" in attributes else None
 
 
 def _const(inputs: Sequence[Value | None], index: int) -> Any:
@@ -124,19 +81,13 @@ def _const(inputs: Sequence[Value | None], index: int) -> Any:
 
 _RULES: Mapping[str, Rule] = {
     "BatchNormalization": _batch_norm,
-    "BitShift": _bit_shift,
-    "ConvTranspose": _conv_transpose,
     "Dropout": _dropout,
-    "IsInf": _is_inf,
-    "Mod": _mod,
     "PRelu": _p_relu,
-    "Pow": _pow,
     **dict.fromkeys(
         ("ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
          "ReduceLogSumExp", "ReduceSumSquare", "ArgMax", "ArgMin"),
         _empty,
     ),
-    "Resize": _resize,
     "RoiAlign": _roi_align,
     "Split": _split,
     "TopK": _of_type("uint64", "uint32", "uint16"),
