@@ -17,6 +17,7 @@ from graphopt.targets.relax import (
     byte_functions,
     computes,
     elementwise,
+    exact_bytes,
     integer_computes,
     integer_layers,
     normal_share,
@@ -247,7 +248,9 @@ def identity(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None
 def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data, scale = inputs[0], inputs[1]
     zero = inputs[2] if len(inputs) > 2 else None
-    if data is None or data.shape is None or node.get("block_size", 0):
+    if data is not None and node.get("block_size", 0):
+        return exact_bytes.blocked(builder, node, inputs)
+    if data is None or data.shape is None:
         return None
     factor, offset = _scalar(scale), 0.0 if zero is None else _scalar(zero)
     if factor is None or offset is None or scale is None or scale.dtype != "float32":
@@ -287,3 +290,21 @@ def requantize(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | No
     ):
         found[0].origin = Origin(builder.plain(data), factor, int(offset))
     return found
+
+
+@emits("PRelu")
+def p_relu(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """A vector of slopes that broadcasts to nothing has one for each channel, as before opset 7; others are TVM's."""
+    from tvm import relax
+
+    data, slope = inputs[0], inputs[1]
+    if data is None or slope is None or data.shape is None or slope.shape is None or data.dtype != "float32":
+        return None
+    if len(slope.shape) != 1 or len(data.shape) < 3 or slope.shape[0] in (1, data.shape[-1]):
+        return None
+    x = builder.plain(data)
+    factors = builder.reshape(builder.plain(slope), (slope.shape[0], *(1,) * (len(data.shape) - 2)))
+    below = builder.emit(relax.op.minimum(x, relax.const(0, "float32")))
+    above = builder.emit(relax.op.maximum(x, relax.const(0, "float32")))
+    scaled = builder.emit(relax.op.multiply(below, factors))
+    return [Value(data.shape, "float32", plain=builder.emit(relax.op.add(above, scaled)))]

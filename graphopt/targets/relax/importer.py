@@ -41,20 +41,24 @@ from graphopt.targets.relax import (
     conv_transpose,
     convolution,
     defined_elementwise,
+    deform_conv,
     elementwise_operators,
     expansion,
     explicit_pads,
+    fourier,
     index_bounds,
     integer_layers,
     integer_operators,
     nodes,
     normalization,
+    placed_elements,
     pooling,
     products,
     qoperators,
     reductions,
     resize,
     rows,
+    running_products,
     shape_operators,
     unsound,
     views,
@@ -69,13 +73,17 @@ _ = (
     convolution,
     conv_transpose,
     defined_elementwise,
+    deform_conv,
     elementwise_operators,
+    fourier,
     integer_operators,
     normalization,
+    placed_elements,
     pooling,
     products,
     reductions,
     resize,
+    running_products,
     shape_operators,
     views,
 )  # importing them fills EMITTERS
@@ -93,6 +101,8 @@ _MOVES = frozenset(
     ["Transpose", "Reshape", "Split", "Slice", "Concat", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
 )
 """Operators that move elements and look at none."""
+_OF_CONSTANTS = frozenset({"MelWeightMatrix"})
+"""Operators that are computed when a model is compiled, from operands that are known then, or not at all."""
 _DATA_DEPENDENT = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
 """Operators whose output shape depends on data; TVM gives some of them a static one."""
 
@@ -173,7 +183,7 @@ def has_importer(node: onnx.NodeProto) -> bool:
 
     if node.domain not in ("", "ai.onnx"):
         return False
-    if node.op_type in EMITTERS or node.op_type in control_flow.STEERS or node.op_type == "Constant":
+    if node.op_type in EMITTERS or node.op_type in control_flow.STEERS or node.op_type in ("Constant", *_OF_CONSTANTS):
         return True
     return node.op_type in onnx_frontend._get_convert_map() or expansion.is_defined(node.op_type)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.targets.relax import computes, integer_computes
+from graphopt.targets.relax import computes, exact_bytes, integer_computes
 from graphopt.targets.relax.emitters import Inputs, Node, emits
 from graphopt.targets.relax.integer_layers import dense_sums, geometry_of, row_sums
 from graphopt.targets.relax.rows import rows_of
@@ -36,18 +36,26 @@ def matmul_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] 
 @emits("ConvInteger")
 def conv_integer(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data, weight, data_zero, weight_zero = [*inputs, None, None][:4]
-    if not _is_bytes(data, data_zero) or weight is None or weight.const is None or weight.const.ndim != 4:
+    if not _is_bytes(data, data_zero) or weight is None:
         return None
+    if weight.const is None or weight.const.ndim != 4:
+        return exact_bytes.conv(builder, node, inputs)
     assert data is not None and data.shape is not None
     kernel = _signed(weight.const, weight_zero, 0)
     if kernel is None or not data.is_image:
-        return None
+        return exact_bytes.conv(builder, node, inputs)
     source, zero = _multiplied(builder, data, data_zero)
     geometry = geometry_of(node, data.shape[2:], kernel.shape[2:])
     start = np.zeros(len(kernel), np.int32)
     made = dense_sums(builder, source, kernel, start, int(node.get("group", 1)), geometry, zero)
     shape = (data.shape[0], len(kernel), *geometry["out_size"])
     return [_corrected(builder, Value(shape, "int32", blocked=made, block=int(made.ty.shape[3])), kernel, zero)]
+
+
+@emits("QLinearMatMul")
+def qlinear_matmul(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """What `qoperators` leaves: scales of fewer digits than float32, with which the product has to be exact."""
+    return exact_bytes.matmul(builder, node, inputs)
 
 
 def _is_bytes(data: Value | None, zero: Value | None) -> bool:

@@ -8,6 +8,7 @@ from graphopt.targets.relax import (
     computes,
     elementwise,
     integer_layers,
+    sliding_places,
 )
 from graphopt.targets.relax.emitters import Inputs, Node, emits, image, is_float_image, output_size, pads_of
 from graphopt.targets.relax.shape_operators import reshaped
@@ -24,6 +25,8 @@ from graphopt.targets.relax.values import (
 def pool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
     is_max = node.op_type == "MaxPool"
+    if is_max and node.outputs > 1:
+        return sliding_places.max_pool_with_places(builder, node, inputs)
     if data is None or not data.is_image or node.outputs > 1:
         return None
     if data.dtype != "float32" and not (is_max and data.dtype in computes.BYTES):

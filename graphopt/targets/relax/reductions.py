@@ -16,7 +16,11 @@ from graphopt.targets.relax.values import Builder, Value
 @emits("ReduceMax", "ReduceMin")
 def extremum(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     data = inputs[0]
-    if data is None or not data.shape or 0 in data.shape or data.dtype not in ("float32", "float64", "float16"):
+    if data is None or not data.shape or 0 in data.shape:
+        return None
+    if data.dtype == "bool":
+        return _extremum_of_bool(builder, node, inputs)
+    if data.dtype not in ("float32", "float64", "float16", "uint8"):
         return None
     axes = node.get("axes", None)
     operand = inputs[1] if len(inputs) > 1 else None
@@ -40,11 +44,28 @@ def extremum(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None
     return [Value(shape, data.dtype, plain=builder.reshape(made, shape))]
 
 
+def _extremum_of_bool(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """Of the bytes 0 and 1 that booleans are."""
+    from tvm import relax
+
+    data = inputs[0]
+    assert data is not None
+    stored = Value(data.shape, "uint8", plain=builder.emit(relax.op.astype(builder.plain(data), "uint8")))
+    found = extremum(builder, node, [stored, *inputs[1:]])
+    if found is None:
+        return None
+    back = builder.emit(relax.op.astype(builder.plain(found[0]), "bool"))
+    return [Value(found[0].shape, "bool", plain=back)]
+
+
 def _extremum(data: Any, *, axes: list[int], largest: bool) -> Any:
     """The largest or least element over `axes`, which go."""
     from tvm import te, tirx
 
-    start = float(-np.inf if largest else np.inf)
+    start = -np.inf if largest else np.inf
+    if "int" in str(data.dtype):
+        info = np.iinfo(str(data.dtype))
+        start = int(info.min if largest else info.max)
     choose = tirx.max if largest else tirx.min
     reduce = te.comm_reducer(
         lambda a, b: choose(a, b), lambda dtype: tirx.const(start, dtype), name="max" if largest else "min"

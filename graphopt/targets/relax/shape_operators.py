@@ -77,12 +77,40 @@ FEWEST_LANES = 4
 """A concatenation whose parts end within a block moves at least so many channels at a time, else by TVM's own means."""
 
 
+@emits("Split")
+def split(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
+    """With parts of no elements, which TVM has no tensors for; other splits are TVM's."""
+    from tvm import relax
+
+    data, operand = [*inputs, None][:2]
+    sizes = node.get("split", None)
+    if operand is not None and operand.const is not None:
+        sizes = operand.const.reshape(-1).tolist()
+    if data is None or data.shape is None or sizes is None or 0 not in sizes or 0 in data.shape:
+        return None
+    axis, start, found = int(node.get("axis", 0)) % len(data.shape), 0, []
+    for size in map(int, sizes):
+        shape = (*data.shape[:axis], size, *data.shape[axis + 1 :])
+        if size == 0:
+            found.append(Value(shape, data.dtype, const=np.zeros(shape, data.dtype)))
+        elif size == data.shape[axis]:
+            found.append(Value(shape, data.dtype, plain=builder.plain(data)))
+        else:
+            cut: Any = relax.op.strided_slice
+            part = builder.emit(cut(builder.plain(data), [axis], [start], [start + size]))
+            found.append(Value(shape, data.dtype, plain=part))
+        start += size
+    return found
+
+
 @emits("Concat")
 def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     from tvm import relax
 
-    values = [v for v in inputs if v is not None]
+    values = [v for v in inputs if v is not None and (v.shape is None or 0 not in v.shape)]
     axis = int(node.get("axis", 1))
+    if values and len(values) < len(inputs) and all(v.shape is not None for v in values):
+        return [values[0] if len(values) == 1 else _joined(builder, values, axis % len(values[0].shape or ()))]
     if not values or any(not v.is_image for v in values) or axis % 4 != 1 or len({v.dtype for v in values}) != 1:
         return None
     if not any(v.is_blocked for v in values):
@@ -100,6 +128,14 @@ def concat(builder: Builder, node: Node, inputs: Inputs) -> list[Value] | None:
     shape = values[0].shape
     assert shape is not None
     return image(builder, (shape[0], total, *shape[2:]), joined, values[0].dtype)
+
+
+def _joined(builder: Builder, values: list[Value], axis: int) -> Value:
+    """The values, in ONNX's layout, one after the other."""
+    from tvm import relax
+
+    whole = builder.emit(relax.op.concat([builder.plain(v) for v in values], axis=axis))
+    return Value(tuple(int(n) for n in whole.ty.shape.values), values[0].dtype, plain=whole)
 
 
 @emits("Slice")

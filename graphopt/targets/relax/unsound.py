@@ -47,17 +47,12 @@ def _dropout(attributes, inputs, opset, node) -> str | None:
 def _p_relu(attributes, inputs, opset, node) -> str | None:
     data, slope = (value.shape for value in inputs[:2])
     fits = len(slope) <= len(data) and all(a in (1, b) for a, b in zip(slope[::-1], data[::-1], strict=False))
-    return None if fits else f"a slope {list(slope)} does not broadcast to {list(data)}"
+    one_a_channel = len(slope) == 1 and len(data) > 2 and slope[0] == data[1]
+    return None if fits or one_a_channel else f"a slope {list(slope)} does not broadcast to {list(data)}"
 
 
 def _roi_align(attributes, inputs, opset, node) -> str | None:
     return "mode max" if attributes.get("mode", "avg") == "max" else None
-
-
-def _split(attributes, inputs, opset, node) -> str | None:
-    sizes = _const(inputs, 1)
-    given = attributes.get("split") if sizes is None else sizes.reshape(-1).tolist()
-    return "a part with no elements" if given is not None and 0 in given else None
 
 
 def _of_type(*dtypes: str) -> Rule:
@@ -69,7 +64,8 @@ def _of_type(*dtypes: str) -> Rule:
 
 def _empty(attributes, inputs, opset, node) -> str | None:
     shape = inputs[0].shape if inputs and inputs[0] is not None else None
-    if inputs and inputs[0] is not None and inputs[0].dtype == "bool":
+    extremes = ("ReduceMax", "ReduceMin")
+    if inputs and inputs[0] is not None and inputs[0].dtype == "bool" and node.op_type not in extremes:
         return "of bool"
     return "of a tensor with no elements" if shape is not None and 0 in shape else None
 
@@ -89,7 +85,6 @@ _RULES: Mapping[str, Rule] = {
         _empty,
     ),
     "RoiAlign": _roi_align,
-    "Split": _split,
     "TopK": _of_type("uint64", "uint32", "uint16"),
     **dict.fromkeys(
         ("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
