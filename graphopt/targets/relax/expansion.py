@@ -51,7 +51,10 @@ def definition(
 
 def _with_defaults(node: onnx.NodeProto, opset: int) -> onnx.NodeProto:
     """The node with the attributes that it leaves to their defaults: definitions refer to them."""
-    schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
+    try:
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:  # newer than the opset
+        return node
     given = {a.name for a in node.attribute}
     missing = [a.default_value for name, a in schema.attributes.items() if name not in given and a.default_value.name]
     whole = onnx.NodeProto()
