@@ -89,7 +89,7 @@ def _onnxsim():
 
 
 def _onnxslim():
-    import onnxslim
+    import onnxslim  # pyright: ignore[reportMissingImports]
 
     def run(source: str, target: str) -> None:
         slimmed: Any = onnxslim.slim(onnx.load(source))
