@@ -58,7 +58,7 @@ def emulated(target: Cuda, lowered, folder: Path, feeds, monkeypatch):
 
 @needs_emulator
 @pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.long)])
-@pytest.mark.parametrize("arch", [pytest.param("sm_75", marks=pytest.mark.long), "sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.long) for a in ("sm_75", "sm_80")), "sm_90"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_every_tile_computes_the_convolution(seed, arch, precision, tmp_path, monkeypatch):
     if (arch, precision) == ("sm_75", "bfloat16"):
@@ -107,7 +107,7 @@ def test_first_layers_read_pairs_of_pixels(channels, tmp_path, monkeypatch):
 
 
 @needs_emulator
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_bytes_are_multiplied_exactly(seed, arch, tmp_path, monkeypatch):
     rng = np.random.default_rng(seed)
