@@ -241,8 +241,10 @@ def test_a_pool_serves_several_searches_one_after_another(tmp_path, quick):
 def test_what_another_size_was_best_with_is_tried_first_and_stands_without_time(tmp_path):
     near, far = TARGET.lower(_network(8)[0]), TARGET.lower(_network(10)[0])
     rows = {}
+    there = {each.names[0]: [(c.template, c.decision) for c in each.choices] for each in find_tasks(far, TARGET, None)}
     for each in find_tasks(near, TARGET, None):
-        last = [choice for choice in each.choices if choice.template == each.choices[0].template][-1]
+        alike = [choice for choice in each.choices if choice.template == each.choices[0].template]
+        last = next((c for c in alike[:0:-1] if (c.template, c.decision) in there[each.names[0]]), alike[-1])
         decision = dict(last.decision)
         rows[each.names[0]] = {"template": last.template, "decision": decision, "time_us": 1.0}
     report = TARGET.tune(far, seconds=0, database=tmp_path / "none.jsonl", hints=rows)
