@@ -1,6 +1,6 @@
 """Arithmetic on dimensions that are not known: polynomials with integer coefficients in named sizes.
 
-    H + 2 - 3 + 1 = H          (2*H*W) / 2 = H*W          H/2 = the atom "trunc(H/2)"
+    H + 2 - 3 + 1 = H     (2*H*W) / 2 = H*W     H/2 = the atom "trunc((H)/(2))"     H, at most 64 = "min(64,H)"
 
 Two dimensions are equal when their polynomials are: that is enough to see that a 3x3 convolution with padding 1
 keeps its height, or that two Shape nodes hold the same numbers.
@@ -91,6 +91,34 @@ def truncate_divide(size: Size, by: Size) -> Size | None:
         if exact is not None:
             return exact
     return Dim.named(f"trunc(({size!r})/({by!r}))")
+
+
+def at_most(limit: int, size: Dim) -> Dim:
+    """The smaller of a positive number and a size."""
+    return Dim.named(f"min({limit},{size!r})")
+
+
+def is_capped(size: Size, of: Size) -> bool:
+    """Whether `size` is what `at_most` made of `of`, with whatever limit."""
+    if not isinstance(size, Dim) or not isinstance(of, Dim) or list(size.terms.values()) != [1]:
+        return False
+    (monomial,) = size.terms
+    return len(monomial) == 1 and monomial[0].startswith("min(") and monomial[0].partition(",")[2] == f"{of!r})"
+
+
+def are_equal(left: Size, right: Size) -> bool | None:
+    """Whether two sizes are the same number; None where it depends."""
+    apart = left - right
+    if isinstance(apart, int):
+        return apart == 0
+    either = (apart, -apart)
+    return False if any(isinstance(s, Dim) and s.terms.get((), 0) > 0 and is_natural(s) for s in either) else None
+
+
+def is_natural(size: Dim) -> bool:
+    """Whether no term can be negative: sizes are not, and neither are quotients of sums without a minus."""
+    atoms = {atom for monomial in size.terms for atom in monomial}
+    return min(size.terms.values()) >= 0 and not any("(" in atom and "-" in atom for atom in atoms)
 
 
 def _divide_exactly(size: Dim, by: int) -> Size | None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.shapes.dimensions import Dim, Size, floor_divide
+from graphopt.shapes.dimensions import Dim, Size, at_most, floor_divide, is_capped, is_natural
 from graphopt.shapes.vectors import STEPS, objects, scalar
 
 Shape = tuple[Size, ...]
@@ -26,10 +26,10 @@ _LONGEST_VECTOR = 64
 _KEEPS_SHAPE = frozenset(
     {
         "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp",
-        "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu", "Log",
-        "LayerNormalization", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear", "RMSNormalization",
-        "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus",
-        "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+        "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN",
+        "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear",
+        "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign", "Sin",
+        "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
     }
 )  # fmt: skip
 _BROADCASTS = frozenset(
@@ -71,13 +71,16 @@ class ShapeFacts:
         return self._shapes[value]
 
     def content(self, value: ir.Value | None) -> np.ndarray | None:
-        """Elements of an integer scalar or vector: an object array of integers and `Dim`s; None when unknown."""
+        """Elements of an integer scalar or vector: an object array of integers and `Dim`s; None when unknown.
+
+        Of truth values too: 0 and 1.
+        """
         if value is None:
             return None
         if value not in self._contents:
             array = g.constant_of(value)
             small = array is not None and array.ndim <= 1 and array.size <= _LONGEST_VECTOR
-            kept = array is not None and small and array.dtype in (np.int64, np.int32)
+            kept = array is not None and small and array.dtype in (np.int64, np.int32, np.bool_)
             self._contents[value] = objects(array) if array is not None and kept else None
         return self._contents[value]
 
@@ -158,6 +161,10 @@ class ShapeFacts:
                 return None
             axis %= len(first)
             return (*first[:axis], *indices, *first[axis + 1 :])
+        if op == "GatherElements":
+            return self.shape(node.inputs[1])
+        if op == "Flatten":
+            return _flattened(first, g.attribute(node, "axis", 1))
         if op == "GatherND":
             indices = self.shape(node.inputs[1])
             reach = indices[-1] if indices else None
@@ -200,7 +207,7 @@ class ShapeFacts:
         return tuple(size + found[axis] + found[axis + len(data)] for axis, size in enumerate(data))
 
     def _sliced(self, node: ir.Node, data: Shape) -> Shape | None:
-        """Along axes of known size."""
+        """Along axes of known size; and the first `n` of them, where `n` is a dimension, are min(n, size)."""
         if "starts" in node.attributes:
             operands = [g.attribute(node, name, None) for name in ("starts", "ends", "axes")] + [None]
         else:
@@ -218,6 +225,13 @@ class ShapeFacts:
         sizes = list(data)
         for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
             whole = sizes[axis] if isinstance(axis, int) and -len(sizes) <= axis < len(sizes) else None
+            if isinstance(end, Dim) and start == 0 and step == 1 and is_natural(end):
+                if isinstance(whole, int) and whole > 0:
+                    sizes[axis] = at_most(whole, end)
+                    continue
+                if whole == end:
+                    continue
+                return None
             if not isinstance(whole, int) or not all(isinstance(n, int) for n in (start, end, step)):
                 return None
             if step == 0 or whole < 0:
@@ -376,7 +390,8 @@ class ShapeFacts:
                 total = size * total
             return scalar(total)
         step = STEPS.get(op)
-        if step is None or node.outputs[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        truth = op == "Equal" and node.outputs[0].dtype == ir.DataType.BOOL
+        if step is None or not (truth or node.outputs[0].dtype in (ir.DataType.INT64, ir.DataType.INT32)):
             return None
         operands = [None if v is None else self.content(v) for v in node.inputs]
         if any(v is not None and c is None for v, c in zip(node.inputs, operands, strict=True)):
@@ -431,10 +446,22 @@ def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
     sizes: list[Size] = []
     for axis in range(-rank, 0):
         column = {s[axis] for s in known if len(s) >= -axis} - {1}
+        # min(n, S) beside S is S: where it is less, it is 1 or the node fails
+        column = {d for d in column if not any(is_capped(d, other) for other in column)}
         fixed = [d for d in column if isinstance(d, int)]
         if len(column) > 1 and not fixed:
             return None
         sizes.append(fixed[0] if fixed else column.pop() if column else 1)
+    return tuple(sizes)
+
+
+def _flattened(data: Shape, axis: int) -> Shape | None:
+    if not -len(data) <= axis <= len(data):
+        return None
+    split = axis + len(data) if axis < 0 else axis
+    sizes: list[Size] = [1, 1]
+    for place, size in enumerate(data):
+        sizes[place >= split] = size * sizes[place >= split]
     return tuple(sizes)
 
 

@@ -1,7 +1,8 @@
 """Shape arithmetic: what operators make of short integer vectors, whose elements are integers and dimensions.
 
 A step takes (node, contents of its inputs, opset) and gives the content of its result, an object array of integers and
-`Dim`s with at most one axis; None where it cannot tell. IndexError, ValueError, TypeError: an invalid or unusual node.
+`Dim`s with at most one axis; None where it cannot tell. Truth values are 0 and 1. IndexError, ValueError, TypeError: an
+invalid or unusual node.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.shapes.dimensions import Dim, Size, truncate_divide
+from graphopt.shapes.dimensions import Dim, Size, are_equal, truncate_divide
 
 
 def objects(elements) -> np.ndarray:
@@ -104,6 +105,21 @@ def _elementwise(operation: Callable[[Size, Size], Size | None]):
     return step
 
 
+def _equal(left: Size, right: Size) -> int | None:
+    same = are_equal(left, right)
+    return None if same is None else int(same)
+
+
+def _where(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
+    """Where(Equal(target, -1), ones, target) is how PyTorch makes a target for Expand."""
+    condition, *branches = np.broadcast_arrays(*operands)
+    if any(isinstance(c, Dim) for c in condition.reshape(-1)):
+        return None
+    columns = zip(condition.reshape(-1), *(b.reshape(-1) for b in branches), strict=True)
+    chosen = [yes if c else no for c, yes, no in columns]
+    return objects(chosen) if condition.ndim else scalar(chosen[0])
+
+
 def _same(node: ir.Node, operands: list, opset: int) -> np.ndarray | None:
     return operands[0]
 
@@ -113,6 +129,8 @@ STEPS: dict[str, Callable[..., np.ndarray | None]] = {
     "Sub": _elementwise(lambda a, b: a - b),
     "Mul": _elementwise(lambda a, b: a * b),
     "Div": _elementwise(truncate_divide),
+    "Equal": _elementwise(_equal),
+    "Where": _where,
     "Cast": _same,
     "Identity": _same,
     "Unsqueeze": _unsqueeze,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.shapes.dimensions import Dim, floor_divide, truncate_divide
+from graphopt.shapes.dimensions import Dim, are_equal, at_most, floor_divide, is_capped, is_natural, truncate_divide
 
 H, W = Dim.named("H"), Dim.named("W")
 
@@ -49,6 +49,27 @@ def test_equal_means_equal_everywhere(left, right):
     same = all(evaluate(left, h, w) == evaluate(right, h, w) for h, w in sizes)
     if a == b:
         assert same and hash(a) == hash(b)
+
+
+@given(EXPRESSIONS, EXPRESSIONS, st.integers(0, 9), st.integers(0, 9))
+def test_equal_or_not_is_never_wrong(left, right, h, w):
+    same = are_equal(evaluate(left, H, W), evaluate(right, H, W))
+    assert same in (None, evaluate(left, h, w) == evaluate(right, h, w))
+
+
+def test_equal_or_not():
+    assert are_equal(H, -1) is False and are_equal(H * 2 + 1, 0) is False and are_equal(H, H + 1) is False
+    assert are_equal(H, H) is True and are_equal(3, 3) is True
+    assert are_equal(H, 0) is None and are_equal(H, W) is None and are_equal(H - W, -1) is None
+    half = truncate_divide(H - 4, 2)
+    assert half is not None and are_equal(half, -1) is None, "H may be 2"
+
+
+def test_capped_sizes():
+    capped = at_most(64, H + W)  # type: ignore[arg-type]
+    assert is_capped(capped, W + H) and not is_capped(capped, H) and not is_capped(H, H)
+    assert not is_capped(capped * 2, W + H) and not is_capped(3, H) and not is_capped(capped, capped)
+    assert is_natural(capped) and not is_natural(H * W * -1 + 2)  # type: ignore[arg-type]
 
 
 @given(st.integers(-20, 20), st.integers(-5, 5))

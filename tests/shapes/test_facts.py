@@ -39,6 +39,13 @@ NODES = [
     "GatherND (x, place)",
     "MatMul (square, x)",
     "Slice (x, axis, two, axis)",
+    "IsNaN (x)",
+    "Flatten (x)",
+    "Flatten <axis = 0> (x)",
+    "Flatten <axis = 2> (x)",
+    "Flatten <axis = -1> (x)",
+    "Flatten <axis = 3> (x)",
+    "GatherElements <axis = 1> (x, only)",
 ]
 
 
@@ -52,7 +59,7 @@ def unknown_sizes(shape, n, h):
         text = repr(size)
         for floor in ("floor", "trunc"):
             text = text.replace(floor, "int")
-        sizes.append(int(eval(text, {"__builtins__": {"int": lambda v: np.floor(v)}}, {"N": n, "H": h})))
+        sizes.append(int(eval(text, {"__builtins__": {"int": lambda v: np.floor(v), "min": min}}, {"N": n, "H": h})))
     return tuple(sizes)
 
 
@@ -61,7 +68,8 @@ def test_shapes_are_what_the_runtime_makes(node):
     model = parse(f"""g (float[N, 2, H] x) => (int64[R] s)
     <float[2, 2, 3] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, int64[3] zero_one = {{0, 1, -1}}, int64[1] flat = {{-1}},
      int64[1] axis = {{1}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 2, 1}}, int64[6] pads = {{0, 1, 2, 0, 0, 3}},
-     int64[2, 2] indices = {{0, 1, 1, 0}}, int64[1, 2] place = {{0, 1}}, float[3, 2] square = {{1, 2, 3, 4, 5, 6}}> {{
+     int64[2, 2] indices = {{0, 1, 1, 0}}, int64[1, 2] place = {{0, 1}},
+     int64[1, 4, 2] only = {{0, 1, 0, 1, 1, 1, 1, 0}}, float[3, 2] square = {{1, 2, 3, 4, 5, 6}}> {{
         y = {node} s = Shape(y) }}""")
     infer_shapes(model)
     shape = ShapeFacts(model).shape(model.graph[0].outputs[0])
@@ -69,6 +77,59 @@ def test_shapes_are_what_the_runtime_makes(node):
     for n, h in ((3, 10), (1, 7), (2, 12)):
         (found,) = run(model, {"x": np.zeros((n, 2, h), np.float32)})
         assert unknown_sizes(shape, n, h) == tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("node", "sizes"),
+    [
+        ("Slice (table, zero, h, one)", "[1, 'min(8,H)']"),
+        ("Slice (x, zero, h, two)", "['N', 2, 'H']"),
+        ("Slice (x, zero, twice, one)", "['N', 'min(2,2*N)', 'H']"),
+        ("Slice (table, one, h, one)", None),
+        ("Slice (table, zero, less, one)", None),
+    ],
+)
+def test_the_first_elements_as_many_as_a_dimension(node, sizes):
+    """As positions are cut off a table; `less` may be negative, which counts from the end."""
+    model = parse(f"""g (float[N, 2, H] x, float[1, 8] table) => (int64[R] s)
+    <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64 first = {{0}}, int64[1] three = {{3}}> {{
+        whole = Shape(x) n = Gather(whole, zero) h = Gather(whole, two) twice = Add(n, n) less = Sub(h, three)
+        y = {node} s = Shape(y) }}""")
+    infer_shapes(model)
+    shape = ShapeFacts(model).shape(model.graph[-2].outputs[0])
+    assert shape is not None
+    known = [repr(size) if isinstance(size, Dim) else size for size in shape]
+    assert (str(known) == sizes) if sizes else not any("min" in str(size) for size in known)
+    for n, h in ((3, 10), (1, 7), (2, 12)):
+        (found,) = run(model, {"x": np.zeros((n, 2, h), np.float32), "table": np.zeros((1, 8), np.float32)})
+        assert not sizes or unknown_sizes(shape, n, h) == tuple(found)
+
+
+def test_what_was_cut_and_added_to_all_is_as_long_as_all():
+    """Embeddings of positions, the first S of a table, and of words: (1, min(8, S), 4) + (N, S, 4)."""
+    model = parse("""g (float[N, S, 4] x, float[1, 8, 4] table) => (float[N, S, 4] y)
+    <int64[1] zero = {0}, int64[1] one = {1}> {
+        whole = Shape(x) s = Gather(whole, one) cut = Slice(table, zero, s, one) y = Add(x, cut) z = Add(cut, cut) }""")
+    infer_shapes(model)
+    facts = ShapeFacts(model)
+    y, z = (facts.shape(node.outputs[0]) for node in list(model.graph)[-2:])
+    assert y == (Dim.named("N"), Dim.named("S"), 4) and repr(z) == "(1, min(8,S), 4)"
+
+
+@pytest.mark.parametrize(
+    ("target", "content"),
+    [("N, minus", "[N, 1]"), ("minus, H", "[1, H]"), ("less, H", None), ("one, minus", "[1, 1]")],
+)
+def test_a_target_for_expand(target, content):
+    """Where(Equal(t, -1), 1, t); N - 1 may be -1."""
+    model = parse(f"""g (float[N, H] x) => (int64[2] y)
+    <int64[1] one = {{1}}, int64[1] minus = {{-1}}, int64[2] ones = {{1, 1}}, int64[2] all = {{-1, -1}},
+     int64[1] zero = {{0}}> {{
+        whole = Shape(x) N = Gather(whole, zero) H = Gather(whole, one) less = Sub(N, one)
+        t = Concat <axis = 0> ({target}) e = Equal(t, all) y = Where(e, ones, t) }}""")
+    infer_shapes(model)
+    found = ShapeFacts(model).content(model.graph[-1].outputs[0])
+    assert (None if found is None else str(list(found))) == content
 
 
 def test_names_on_computed_values_are_not_believed():
