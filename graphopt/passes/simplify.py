@@ -13,7 +13,7 @@ Cases, in the order they are tried; repeated until nothing changes:
 2. Constant nodes become initializers of the same name.
 3. Shapes are inferred, also where dimensions are dynamic (as polynomials: H + 2 - 3 + 1 = H).
 4. Integer vectors computed from known dimensions become constants; a Reshape whose target is known in all elements
-   but one gets a constant target with -1 there; and a vector joined from parts of shapes is joined from numbers and
+   but one gets a constant target with -1 there, or one for what it is a reshaped form of; and a vector joined from parts of shapes is joined from numbers and
    from single dimensions that are there anyway.
 5. Nodes whose operands are all constant are computed with ONNX Runtime's own kernels. A result of more than
    `max_folded_bytes` bytes is stored only if it takes no more room than the initializers it replaces: a large
@@ -21,7 +21,7 @@ Cases, in the order they are tried; repeated until nothing changes:
 6. Nodes that change nothing go: Identity, Dropout in inference, Cast to the same type, Reshape, Expand, Flatten to
    the same shape, Transpose in order, Pad by nothing, Slice of everything, Tile by 1, Concat or Sum of one, x + 0,
    x - 0, x * 1, x / 1, x and true, x or false, Relu of Relu and of what is never negative, Abs of Abs, Floor of
-   Floor ...; GatherND of all elements in the order in which they lie is a Reshape.
+   Floor ...; GatherND or Gather of all elements in the order in which they lie is a Reshape.
 7. Neighbours are joined: Transpose of Transpose; Reshape, Flatten, Squeeze, Unsqueeze and a Transpose that moves
    dimensions of size 1 only, of each other; Slice of Slice on other axes; slices that cut a value into pieces become
    one Split; Concat of Concat on one axis; Clip from at least 0 of Relu.

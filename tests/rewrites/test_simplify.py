@@ -105,6 +105,77 @@ def test_6_elements_gathered_in_another_order():
     assert "GatherND" in [node.op_type for node in found.graph]
 
 
+FLAT = """g (bool[N, M] x) => (bool[N, 1, 1, M] y)
+    <int64 zero = {0}, int64 one = {1}, int64[3] right = {1, 2, 3}, int64[3] left = {0, 1, 2}, int64[1] last = {-1}> {
+        n = Shape <start = 0, end = 1> (x) m = Shape <start = 1, end = 2> (x) ns = Squeeze(n) ms = Squeeze(m)
+        i = Range(zero, ns, one) j = Range(START, ms, one) iu = Unsqueeze(i, right) ju = Unsqueeze(j, left)
+        f = Unsqueeze(x, last) d = Flatten <axis = 2> (f) p = Mul(iu, FACTOR) k = Add(PARTS)
+        e = Gather(d, k) s = Shape(k) r = Reshape(e, last) y = Reshape(r, s) }"""
+
+
+@pytest.mark.parametrize("parts", ["p, ju", "ju, p"])
+@pytest.mark.parametrize("factor", ["m", "ms"])
+def test_6_elements_gathered_in_order_by_one_index(parts, factor):
+    """The exporter that traces flattens what it indexes; and the result is reshaped to the shape of the index."""
+    rewrites(
+        OWN,
+        FLAT.replace("START", "zero").replace("FACTOR", factor).replace("PARTS", parts),
+        "g (bool[N, M] x) => (bool[N, 1, 1, M] y) <int64[4] t = {0, 1, 1, -1}> { y = Reshape(x, t) }",
+        shapes={"x": (4, 5)},
+        opset=18,
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "factor", "parts"),
+    [("zero", "n", "p, ju"), ("zero", "m", "p, iu"), ("zero", "m", "iu, ju"), ("one", "m", "p, ju")],
+)
+def test_6_elements_gathered_in_another_order_by_one_index(start, factor, parts):
+    before = FLAT.replace("START", start).replace("FACTOR", factor).replace("PARTS", parts)
+    found = OWN.run(parse(before.replace("bool[N, 1, 1, M] y", "bool[A, B, C, D] y"), opset=18), _context()).model
+    assert "Gather" in [node.op_type for node in found.graph]
+
+
+def test_6_rows_gathered_in_order():
+    """Indices that are a range and no sum; the rows stay whole."""
+    rewrites(
+        OWN,
+        """g (float[N, 3] x) => (float[1, N, 3] y) <int64 zero = {0}, int64 one = {1}, int64[1] axis = {0}> {
+            n = Shape <start = 0, end = 1> (x) ns = Squeeze(n) i = Range(zero, ns, one) k = Unsqueeze(i, axis)
+            v = Neg(x) w = Gather(v, k) y = Neg(w) }""",
+        """g (float[N, 3] x) => (float[1, N, 3] y) <int64[3] t = {1, -1, 3}> {
+            v = Neg(x) w = Reshape(v, t) y = Neg(w) }""",
+        shapes={"x": (4, 3)},
+        opset=18,
+    )
+
+
+def test_4_a_target_that_is_constant_seen_from_further_up():
+    """N and M are lost where all is one axis: no constant makes them of N * M."""
+    rewrites(
+        OWN,
+        """g (float[N, M] x) => (float[N, 1, M] y) <int64[1] flat = {-1}, int64[1] axis = {1}> {
+            u = Unsqueeze(x, axis) s = Shape(u) a = Neg(x) v = Reshape(a, flat) w = Reshape(v, s) y = Neg(w) }""",
+        """g (float[N, M] x) => (float[N, 1, M] y) <int64[3] t = {0, 1, -1}> {
+            a = Neg(x) w = Reshape(a, t) y = Neg(w) }""",
+        shapes={"x": (4, 5)},
+    )
+
+
+def test_6_expand_to_where_not_minus_one():
+    """PyTorch's expand(-1, M): the size that is there, written as 1."""
+    rewrites(
+        OWN,
+        """g (float[N, M] x) => (float[N, M] y)
+        <int64 one = {1}, int64[1] axis = {0}, int64[1] minus = {-1}, int64[1] two = {2}, int64[2] all = {-1, -1}> {
+            s = Shape(x) m = Gather(s, one) mu = Unsqueeze(m, axis) t = Concat <axis = 0> (minus, mu)
+            ones = ConstantOfShape <value = int64[1] {1}> (two) e = Equal(t, all) w = Where(e, ones, t)
+            v = Expand(x, w) y = Neg(v) }""",
+        "g (float[N, M] x) => (float[N, M] y) { y = Neg(x) }",
+        shapes={"x": (4, 5)},
+    )
+
+
 @pytest.mark.parametrize("op,constant,stays_", [("And", 1, False), ("Or", 0, False), ("And", 0, True), ("Or", 1, True)])
 def test_6_neutral_booleans(op, constant, stays_):
     before = f"""g (bool[2, 3] x) => (bool[2, 3] y) <bool c = {{{constant}}}> {{

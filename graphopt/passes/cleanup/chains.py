@@ -81,7 +81,7 @@ def _transpose(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
 
 def _reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
     """Reshape(f(x)) = Reshape(x) for f that only changes the shape; a 0 in the target, which means f's own dimension,
-    may become -1.
+    may become -1. Of f(x) whose own shape a computed target is read off, x may tell it in constants.
 
     First, a target known in all elements but one becomes a constant with -1 there (or 0 where the element is
     the input's own dimension at that place).
@@ -89,6 +89,16 @@ def _reshape(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
     changed = _constant_target(model, node, facts)
     producer = _reshaping_before(node, facts)
     target = g.integers_of(g.input_of(node, 1))
+    if producer is not None and target is None:
+        before, after = facts.shape(producer.inputs[0]), facts.shape(node.outputs[0])
+        target = None if before is None or after is None else as_target(before, after)
+        if target is None:
+            return changed
+        name = f"{node.outputs[0].name}_shape"
+        node.replace_input_with(1, g.add_initializer(model.graph, name, np.array(target, np.int64)))
+        node.attributes.pop("allowzero", None)  # a 0 copies now
+        _bypass(node, producer)
+        return True
     if producer is None or target is None or g.attribute(node, "allowzero", 0):
         return changed
     if 0 in target:
