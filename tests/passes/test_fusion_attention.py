@@ -323,6 +323,82 @@ def test_a_mask_of_numbers_is_made_once():
     assert [LOWEST < number < -1e38 for number in numbers if number is not None] == [False, True]
 
 
+def traced(kind: str, size: int, layers: int = 2, longest: int = 16) -> tuple[Writing, str]:
+    """An encoder as the exporter that traces writes it, of x (B, S, 2 * size) and m (B, S), 0 where nothing is read.
+
+    Positions are cut off a table; the mask is gathered from a flattened one by indices in order and expanded to a
+    target in which -1 stands for a size that stays; q, k and v are reshaped by the shapes of what they come from, and
+    the result by its own. `kind`: sdpa, with the guard and -inf; eager, with the lowest float32; causal, sdpa that
+    looks back only.
+    """
+    heads, wide = 2, 2 * size
+    rng = np.random.default_rng(3)
+    w = Writing({"x": ("B", "S", wide), "m": ("B", "S")}, 17)
+
+    def sized(value: str, axis: int) -> tuple[str, str]:
+        """As a number and as a vector of one."""
+        number = w.call("Gather", w.call("Shape", value), np.array(axis, np.int64), axis=0)
+        return number, w.call("Unsqueeze", number, np.array([0]))
+
+    def stretched(value: str, *target) -> str:
+        """Expand as PyTorch does."""
+        wanted = w.call("Concat", *target, axis=0)
+        rank = w.call("ConstantOfShape", np.array([len(target)]), value=ir.to_proto(ir.tensor([1], ir.DataType.INT64)))
+        same = w.call("Equal", wanted, w.call("Mul", rank, np.array(-1)))
+        return w.call("Expand", value, w.call("Where", same, rank, wanted))
+
+    def ramp(number: str, *axes: int) -> str:
+        return w.call("Unsqueeze", w.call("Range", np.array(0), number, np.array(1)), np.array(axes))
+
+    minus = np.array([-1])
+    places = w.call("Slice", rng.standard_normal((1, longest, wide)), np.array([0]), sized("x", 1)[1], np.array([1]))
+    x = w.call("Add", "x", places)
+    (batch, batches), (count, counts) = sized(x, 0), sized(x, 1)
+    flat = w.call("Flatten", w.call("Unsqueeze", w.call("Cast", "m", to=9), np.array([2])), axis=2)
+    index = w.call("Add", ramp(count, 0, 1, 2), w.call("Mul", ramp(batch, 1, 2, 3), sized("m", 1)[0]))
+    seen = w.call("Reshape", w.call("Gather", flat, index, axis=0), minus)
+    seen = w.call("Reshape", seen, w.call("Shape", index))
+    rows, columns = ramp(count, 0, 1, 3), ramp(sized("m", 1)[0], 0, 1, 2)
+    back = w.call("LessOrEqual", columns, rows) if kind == "causal" else w.call("GreaterOrEqual", rows, np.array(0))
+    seen = w.call("And", back, seen)
+    seen = stretched(seen, batches, minus, counts, counts)
+    mask = w.call("Where", seen, 0.0, LOWEST if kind == "eager" else -math.inf)
+    for _ in range(layers):
+        q, k, v = (w.call("MatMul", x, rng.standard_normal((wide, wide)) / 3) for _ in range(3))
+        head = np.array([size])
+        q, k, v = (w.call("Reshape", y, w.call("Concat", batches, counts, minus, head, axis=0)) for y in (q, k, v))
+        q, k, v = (w.call("Transpose", y, perm=[0, 2, 1, 3]) for y in (q, k, v))
+        k = w.call("Transpose", k, perm=[0, 1, 3, 2])
+        if kind == "eager":
+            scores = w.call("Mul", w.call("MatMul", q, k), size**-0.5)
+        else:
+            scores = w.call("MatMul", w.call("Mul", q, size**-0.25), w.call("Mul", k, size**-0.25))
+        p = w.call("Softmax", w.call("Add", scores, mask), axis=-1)
+        if kind != "eager":
+            p = w.call("Where", w.call("IsNaN", p), 0.0, p)
+        y = w.call("MatMul", p, v)
+        if kind != "eager":
+            y = w.call("Reshape", y, w.call("Concat", sized(y, 0)[1], minus, counts, head, axis=0))
+        y = w.call("Transpose", y, perm=[0, 2, 1, 3])
+        x = w.call("Add", x, w.call("Reshape", y, w.call("Concat", batches, counts, np.array([heads * size]), axis=0)))
+    return w, x
+
+
+@settings(max_examples=12)
+@given(kind=st.sampled_from(["sdpa", "eager", "causal"]), size=st.integers(2, 4), seed=st.integers(0, 2**32 - 1))
+def test_traced_attention(kind, size, seed):
+    """Masks of all kinds, also of samples of which nothing is to be read; all that made the mask is one Where."""
+    w, output = traced(kind, size)
+    rng = np.random.default_rng(seed)
+    batch, count = int(rng.integers(2, 5)), int(rng.integers(1, 17))
+    feeds = {"x": rng.standard_normal((batch, count, 2 * size)), "m": rng.integers(0, 2, (batch, count))}
+    feeds["m"][0] = 0
+    found = operators(fuse(simplified(w, [output]), {name: a.astype(np.float32) for name, a in feeds.items()}).model)
+    assert (found.count("Attention"), found.count("Where")) == (2, 1)
+    assert not {"Softmax", "IsNaN", "Transpose", "Equal", "Flatten", "Mul", "Max"} & set(found)
+    assert found.count("Gather") == 1 and found.count("MatMul") == 6 and len(found) <= 23
+
+
 @pytest.mark.parametrize("wrong", ["zero", "shown"])
 def test_no_guarded_attention(wrong):
     w, outputs = guarded(Guarded(), zero=0.5 if wrong == "zero" else 0.0, shown=wrong == "shown")
