@@ -13,8 +13,8 @@ Cases, in the order they are tried; repeated until nothing changes:
 2. Constant nodes become initializers of the same name.
 3. Shapes are inferred, also where dimensions are dynamic (as polynomials: H + 2 - 3 + 1 = H).
 4. Integer vectors computed from known dimensions become constants; a Reshape whose target is known in all elements
-   but one gets a constant target with -1 there, or one for what it is a reshaped form of; and a vector joined from parts of shapes is joined from numbers and
-   from single dimensions that are there anyway.
+   but one gets a constant target with -1 there, or one for what it is a reshaped form of; and a vector joined from
+   parts of shapes is joined from numbers and from single dimensions that are there anyway.
 5. Nodes whose operands are all constant are computed with ONNX Runtime's own kernels. A result of more than
    `max_folded_bytes` bytes is stored only if it takes no more room than the initializers it replaces: a large
    ConstantOfShape, Expand, Tile or Range stays a node.
