@@ -164,4 +164,7 @@ def test_share_of_peak_by_element_type(monkeypatch):
 def test_peaks_are_measured_for_floats_and_bytes():
     found = peak.peaks(Cpu(threads=1))
     assert found["float32"] > 1
-    assert found["int8"] > found["float32"]
+    if Cpu().capabilities.dot_int8 == "avx2":  # three instructions a product, about as fast as those of floats
+        assert found["int8"] > found["float32"] / 2
+    else:
+        assert found["int8"] > found["float32"]
