@@ -14,7 +14,7 @@ Cases, in the order they are tried; repeated until nothing changes:
 3. Shapes are inferred, also where dimensions are dynamic (as polynomials: H + 2 - 3 + 1 = H).
 4. Integer vectors computed from known dimensions become constants; a Reshape whose target is known in all elements
    but one gets a constant target with -1 there, or one for what it is a reshaped form of; and a vector joined from
-   parts of shapes is joined from numbers and from single dimensions that are there anyway.
+   parts of shapes is joined from numbers and from single dimensions that are there anyway, which Shape gives itself.
 5. Nodes whose operands are all constant are computed with ONNX Runtime's own kernels. A result of more than
    `max_folded_bytes` bytes is stored only if it takes no more room than the initializers it replaces: a large
    ConstantOfShape, Expand, Tile or Range stays a node.
@@ -56,7 +56,7 @@ from graphopt.passes.cleanup.duplicates import merge_duplicates
 from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
 from graphopt.passes.cleanup.index_grids import drop_index_grids
 from graphopt.passes.cleanup.redundant import drop_redundant
-from graphopt.passes.cleanup.shape_vectors import spell_vectors
+from graphopt.passes.cleanup.shape_vectors import read_single_dimensions, spell_vectors
 from graphopt.shapes.constants import fold_constants, lift_constants
 from graphopt.shapes.facts import ShapeFacts, store_known_vectors
 from graphopt.shapes.onnx_inference import infer_shapes
@@ -136,6 +136,7 @@ class Simplify(Pass):
             step += drop_index_grids(model, facts)
             step += merge_duplicates(model, facts)
             step += spell_vectors(model, facts)
+            step += read_single_dimensions(model, facts)
             step += _remove_unused(model)
             changed += step
             if not step:

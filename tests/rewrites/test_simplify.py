@@ -66,6 +66,24 @@ def test_4_a_vector_is_joined_from_single_dimensions():
     )
 
 
+@pytest.mark.parametrize("place", [1, -1])
+@pytest.mark.parametrize("opset", [14, 15])
+def test_4_a_dimension_as_a_vector_is_shape_s_own(place, opset):
+    """Two of three nodes are left, or three of four where the number is read as well: the graph never grows."""
+    before = f"""g (float[N, M] x, float[K] z) => (float[A, B] y, int64 c)
+    <int64 i = {{{place}}}, int64[1] axis = {{0}}, int64[1] two = {{2}}> {{
+        s = Shape(x) m = Gather(s, i) u = Unsqueeze(m, axis)
+        t = Concat <axis = 0> (two, u) y = Expand(z, t) c = Neg(m) }}"""
+    after = """g (float[N, M] x, float[K] z) => (float[A, B] y, int64 c) <int64[1] two = {2}> {
+        u = Shape <start = 1, end = 2> (x) m = Squeeze(u)
+        t = Concat <axis = 0> (two, u) y = Expand(z, t) c = Neg(m) }"""
+    if opset < 15:
+        found = OWN.run(parse(before, opset=opset), _context()).model
+        assert "Gather" in [node.op_type for node in found.graph]
+    else:
+        rewrites(OWN, before, after, shapes={"x": (4, 5), "z": (5,)}, opset=opset)
+
+
 @pytest.mark.parametrize("target", ["{0, 0, 6}", "{0, -1, 6}"])
 def test_4_a_target_of_two_dimensions_that_may_not_be_copied(target):
     """A dimension that was lost on the way (K or 1 of M) is what is left over: -1."""

@@ -5,6 +5,10 @@
 A longer piece of a Concat is replaced by its elements, where each is a number or a dimension that a vector of one
 holds already; one dimension may be read off an input of the model instead of the piece. The graph never grows; and
 tensors that were only read for their shape may be fused.
+
+    Unsqueeze(Gather(Shape(x), 1))  =  Shape(x)[1:2]          Gather(Shape(x), 1)  =  Squeeze(Shape(x)[1:2])
+
+The second only beside the first, where the number is read as well. From opset 15 on.
 """
 
 from __future__ import annotations
@@ -36,6 +40,52 @@ def spell_vectors(model: ir.Model, facts: ShapeFacts) -> int:
         elif g.is_onnx(node, "Concat"):
             rewritten += _spelled(model, node, facts, singles)
     return rewritten
+
+
+def read_single_dimensions(model: ir.Model, facts: ShapeFacts) -> int:
+    """Read dimensions off as vectors of one, where they are made into that; returns how many Unsqueezes went."""
+    gone = 0
+    if g.opset_of(model) < _SHAPE_WITH_BOUNDS:
+        return 0
+    for node in list(model.graph):
+        if node.graph is None or not g.is_onnx(node, "Gather") or node.outputs[0].is_graph_output():
+            continue
+        number = node.outputs[0]
+        opened = [
+            n
+            for n in number.consumers()
+            if g.is_onnx(n, "Unsqueeze") and n.graph is model.graph and not n.outputs[0].is_graph_output()
+        ]
+        source = _dimension_read(node, facts)
+        if source is None or not opened:
+            continue
+        single = _shape_at(model, node, *source)
+        for each in opened:
+            if g.replace_value(each.outputs[0], single):
+                model.graph.remove(each, safe=True)
+                gone += 1
+        if number.uses():
+            flat = ir.node("Squeeze", [single], name=node.name)
+            flat.outputs[0].type, flat.outputs[0].shape = number.type, number.shape
+            model.graph.insert_before(node, flat)
+            g.replace_value(number, flat.outputs[0])
+            name, number.name = number.name, None
+            flat.outputs[0].name = name
+        model.graph.remove(node, safe=True)
+    return gone
+
+
+def _dimension_read(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Value, int] | None:
+    """x and i of Gather(Shape(x), i), for a number i."""
+    measured = None if node.inputs[0] is None else node.inputs[0].producer()
+    place = facts.content(node.inputs[1])
+    if measured is None or not g.is_onnx(measured, "Shape") or measured.attributes or place is None or place.ndim:
+        return None
+    value, axis = measured.inputs[0], place.item()
+    shape = facts.shape(value)
+    if value is None or shape is None or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        return None
+    return value, axis % len(shape)
 
 
 def _spelled(model: ir.Model, node: ir.Node, facts: ShapeFacts, singles: dict[Size, ir.Value]) -> bool:
@@ -88,12 +138,16 @@ def _read_off(model: ir.Model, node: ir.Node, size: Dim, facts: ShapeFacts) -> i
     for given in model.graph.inputs:
         shape = facts.shape(given) or ()
         if size in shape:
-            axis = shape.index(size)
-            made = ir.node("Shape", [given], {"start": axis, "end": axis + 1})
-            made.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-            made.outputs[0].shape = ir.Shape([1])
-            made.outputs[0].name = g.fresh_name(model.graph, f"{given.name}_{axis}")
-            made.name = g.fresh_name(model.graph, f"{given.name}/Shape")
-            model.graph.insert_before(node, made)
-            return made.outputs[0]
+            return _shape_at(model, node, given, shape.index(size))
     return None
+
+
+def _shape_at(model: ir.Model, node: ir.Node, value: ir.Value, axis: int) -> ir.Value:
+    """One dimension of `value` as a vector, made before `node`."""
+    made = ir.node("Shape", [value], {"start": axis, "end": axis + 1})
+    made.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    made.outputs[0].shape = ir.Shape([1])
+    made.outputs[0].name = g.fresh_name(model.graph, f"{value.name}_{axis}")
+    made.name = g.fresh_name(model.graph, f"{value.name}/Shape")
+    model.graph.insert_before(node, made)
+    return made.outputs[0]
