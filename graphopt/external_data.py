@@ -171,7 +171,13 @@ def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
 def _in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
-            yield from _in_attribute(attribute)
+            if attribute.type not in _HOLD_NO_TENSORS:  # what is of another type than it says is never read
+                yield from _in_attribute(attribute)
+
+
+_HOLD_NO_TENSORS = frozenset(
+    onnx.AttributeProto.AttributeType.Value(name) for name in ("INT", "INTS", "FLOAT", "FLOATS", "STRING", "STRINGS")
+)
 
 
 def _in_attribute(attribute: onnx.AttributeProto) -> Iterator[TensorProto]:

@@ -68,7 +68,7 @@ def sole_consumer(value: ir.Value) -> ir.Node | None:
 
 def attribute(node: ir.Node, name: str, default):
     """The value of an attribute, or ONNX's default as given."""
-    found = node.attributes.get(name)
+    found = node.attributes.data.get(name)  # of the dict behind it: `get` of a UserDict is many times slower
     return default if found is None else found.value
 
 
@@ -104,8 +104,31 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 def holds_subgraphs(node: ir.Node) -> bool:
     """Whether the node carries graphs in its attributes (If, Loop, Scan, SequenceMap)."""
-    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return bool(node.attributes) and any(a.type in kinds for a in node.attributes.values())
+    for attribute in node.attributes.data.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            return True
+    return False
+
+
+def subgraphs_of(node: ir.Node) -> list[ir.Graph]:
+    """The graphs in the attributes of a node, in order."""
+    if not holds_subgraphs(node):
+        return []
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            found.extend(attribute.as_graphs())
+    return found
+
+
+def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Of the graph and its subgraphs: as `graph.all_nodes()`, and a good deal faster where there are no subgraphs."""
+    for node in graph:
+        yield node
+        for inner in subgraphs_of(node):
+            yield from all_nodes(inner)
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> bool:
@@ -155,12 +178,12 @@ def remembering_names(graph: ir.Graph) -> Iterator[None]:
 
 def _names(graph: ir.Graph) -> set[str | None]:
     taken = set(graph.initializers) | {v.name for v in graph.inputs}
-    for node in graph.all_nodes():
+    for node in graph:
         taken.add(node.name)
-        taken.update(v.name for v in node.outputs)
-    for inner in graph.subgraphs():
-        taken.update(inner.initializers)
-        taken.update(v.name for v in inner.inputs)
+        for value in node.outputs:
+            taken.add(value.name)
+        for inner in subgraphs_of(node):
+            taken |= _names(inner)
     return taken
 
 
@@ -213,7 +236,7 @@ def remove_unused_initializers(graph: ir.Graph) -> int:
 
 def count_nodes(graph: ir.Graph) -> int:
     """Nodes of the graph and its subgraphs that compute something: Constant nodes are not counted."""
-    return sum(node.op_type != "Constant" for node in graph.all_nodes())
+    return sum(node.op_type != "Constant" for node in all_nodes(graph))
 
 
 def label(node: ir.Node) -> str:

@@ -62,7 +62,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
     Raises ModelError: missing, not ONNX, truncated, invalid, unknown domain.
     """
-    model = _opened(path)
+    model = _opened(path, checked=False)
     _check_domains(model, str(path))
     light = _light(model)
     check_apart(Path(path).absolute(), light, str(path))
@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
     """`load` without the checks, of a file that was checked before, or is graphopt's own. Raises ModelError."""
-    return for_onnxruntime(_opened(path))
+    return for_onnxruntime(_opened(path, checked=True))
 
 
 def from_proto(proto: onnx.ModelProto, what: str = "the model") -> ir.Model:
@@ -94,8 +94,8 @@ def _light(model: ir.Model) -> bytes | None:
         return None
 
 
-def _opened(path: str | os.PathLike[str]) -> ir.Model:
-    """Raises ModelError: missing, not ONNX, truncated, external data that is refused."""
+def _opened(path: str | os.PathLike[str], checked: bool) -> ir.Model:
+    """`checked`: its text was. Raises ModelError: missing, not ONNX, truncated, external data that is refused."""
     file = Path(path).absolute()  # a relative path would skip the containment check of external data
     if not file.exists():
         raise ModelError(f"no such file: {path}")
@@ -110,7 +110,7 @@ def _opened(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path} is empty, not an ONNX file")
     try:
         with collection_paused():
-            model = _read(file, str(path))
+            model = _read(file, str(path), checked)
     except google.protobuf.message.DecodeError:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated") from None
     except (ValueError, TypeError, OSError, ir.serde.SerdeError) as error:
@@ -120,22 +120,27 @@ def _opened(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
-def _read(file: Path, what: str) -> ir.Model:
+def _read(file: Path, what: str, checked: bool) -> ir.Model:
     """The model as it is; tensors in other files are read where all of them fit into one protobuf message."""
     proto = onnx.load(file, load_external_data=False)
-    _check_text(proto, what)
+    if not checked:
+        _check_text(proto, what)
     outside = check_tensors(proto, file.parent, what)
     if outside:
         small = outside + file.stat().st_size < PROTOBUF_LIMIT_BYTES // 2
         bring_inside(proto, file.parent, with_initializers=small)
     model = _with_sparse(ir.from_proto(proto), proto)
-    ir.external_data.set_base_dir(model.graph, file.parent)
+    if outside:
+        ir.external_data.set_base_dir(model.graph, file.parent)
     return model
 
 
 def _check_text(message: google.protobuf.message.Message, what: str) -> None:
     """Names are UTF-8: protobuf reads others, as bytes, and refuses to write them. Raises ModelError."""
-    if isinstance(message, onnx.NodeProto) and _is_text(message):
+    if isinstance(message, onnx.NodeProto):
+        if _is_text(message):
+            return
+    elif isinstance(message, onnx.TensorProto) and _is_plain_tensor(message):
         return
     for field, content in message.ListFields():
         if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
@@ -149,17 +154,36 @@ def _check_text(message: google.protobuf.message.Message, what: str) -> None:
 
 def _is_text(node: onnx.NodeProto) -> bool:
     """Whether all text of a node is known to be; most nodes are settled by this, without going through their fields."""
+    if node.metadata_props:
+        return False
     texts = [node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output]
     for attribute in node.attribute:
-        if attribute.type not in (onnx.AttributeProto.INT, onnx.AttributeProto.INTS, onnx.AttributeProto.FLOAT):
+        if attribute.type not in _HOLD_NO_TEXT and not (
+            attribute.type == onnx.AttributeProto.TENSOR and _is_plain_tensor(attribute.t)
+        ):
             return False
         texts += attribute.name, attribute.ref_attr_name, attribute.doc_string
-    return not node.metadata_props and all(type(text) is str for text in texts)
+    return set(map(type, texts)) == {str}
+
+
+def _is_plain_tensor(tensor: onnx.TensorProto) -> bool:
+    """Whether all text of a tensor is known to be: its name."""
+    return (
+        type(tensor.name) is str
+        and not tensor.external_data
+        and not tensor.metadata_props
+        and type(tensor.doc_string) is str
+    )
+
+
+_HOLD_NO_TEXT = frozenset({onnx.AttributeProto.INT, onnx.AttributeProto.INTS, onnx.AttributeProto.FLOAT})
 
 
 def _with_sparse(model: ir.Model, proto: onnx.ModelProto) -> ir.Model:
     """The model with its sparse initializers, which `onnx_ir` leaves out, as dense ones."""
     graph = model.graph
+    if not proto.graph.sparse_initializer:
+        return model
     unknown = {v.name: v for node in graph for v in node.inputs if v is not None and v.producer() is None}
     for sparse in proto.graph.sparse_initializer:
         name = sparse.values.name
@@ -213,7 +237,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
 
 def to_bytes(model: ir.Model) -> bytes:
     """The model serialised deterministically: the same model gives the same bytes."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    with collection_paused():
+        return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def digest(model: ir.Model) -> str:

@@ -52,14 +52,14 @@ from graphopt import graph as g
 from graphopt.errors import PassError
 from graphopt.passes.base import Context, Fidelity, Pass, PassResult, Skip
 from graphopt.passes.cleanup.chains import fuse_chains
-from graphopt.passes.cleanup.duplicates import merge_duplicates
+from graphopt.passes.cleanup.duplicates import ConstantKeys, merge_duplicates
 from graphopt.passes.cleanup.guarded_onnxsim import simplify_with_onnxsim
 from graphopt.passes.cleanup.index_grids import drop_index_grids
 from graphopt.passes.cleanup.redundant import drop_redundant
 from graphopt.passes.cleanup.shape_vectors import read_single_dimensions, spell_vectors
 from graphopt.shapes.constants import fold_constants, lift_constants
-from graphopt.shapes.facts import ShapeFacts, store_known_vectors
-from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.shapes.facts import store_known_vectors
+from graphopt.shapes.inference import infer_facts
 
 _MOST_ROUNDS = 50
 
@@ -125,22 +125,22 @@ class Simplify(Pass):
 
         False where more may be inferred now: something changed, and there are shapes yet to be learnt.
         """
-        changed = lift_constants(model)
-        infer_shapes(model)
+        changed = lift_constants(model, merge=True)
+        facts, constants = infer_facts(model), ConstantKeys()
         for _ in range(_MOST_ROUNDS):
-            facts = ShapeFacts(model)  # what is known of a value stays true whatever else goes
             step = store_known_vectors(model, facts)
             step += fold_constants(model, self.max_folded_bytes, given)
             step += drop_redundant(model, facts)
             step += fuse_chains(model, facts)
             step += drop_index_grids(model, facts)
-            step += merge_duplicates(model, facts)
+            step += merge_duplicates(model, facts, constants)
             step += spell_vectors(model, facts)
             step += read_single_dimensions(model, facts)
             step += _remove_unused(model)
             changed += step
             if not step:
                 return not changed or facts.are_complete(model)
+            facts.update(model)
         return False
 
 
@@ -154,9 +154,31 @@ def constants_from_inputs(model: ir.Model) -> int:
 
 def _remove_unused(model: ir.Model) -> int:
     before = len(model.graph)
-    if any(not v.uses() and not v.is_graph_output() for node in model.graph.all_nodes() for v in node.outputs):
+    if _remove_dead(model.graph):
         common.RemoveUnusedNodesPass()(model)
     if model.functions:
         common.RemoveUnusedFunctionsPass()(model)
     g.remove_unused_initializers(model.graph)
     return before - len(model.graph)
+
+
+def _remove_dead(graph: ir.Graph) -> bool:
+    """Remove nodes of the main graph that nobody reads, and what only they read; whether there may be more to do:
+
+    nodes in subgraphs, and outputs that are not read of nodes that stay.
+    """
+    more, found = False, []
+    for node in graph:
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            found.append(node)
+        elif not more:
+            more = g.holds_subgraphs(node) or any(
+                v.name and not v.uses() and not v.is_graph_output() for v in node.outputs[1:]
+            )
+    while found:
+        producers = {v.producer() for node in found for v in node.inputs if v is not None}
+        graph.remove(found, safe=True)
+        alive = [node for node in producers if node is not None and node.graph is graph]
+        found = [node for node in alive if not any(v.uses() or v.is_graph_output() for v in node.outputs)]
+        more = more or any(len(node.outputs) > 1 for node in alive)
+    return more

@@ -33,22 +33,47 @@ def ort_refusals() -> tuple[type[Exception], ...]:
     return (*(getattr(state, name) for name in own), RuntimeError, ValueError, TypeError)
 
 
-def lift_constants(model: ir.Model) -> int:
-    """Turn Constant nodes of the main graph into initializers of the same name; returns how many."""
-    lifted = 0
-    for node in list(model.graph):
-        if not g.is_onnx(node, "Constant") or node.outputs[0].is_graph_output():
+MERGED_CONSTANT_BYTES = 1024
+"""Small constants are merged so that the nodes reading them compare equal; large weights keep their names."""
+
+
+def lift_constants(model: ir.Model, merge: bool = False) -> int:
+    """Turn Constant nodes of the main graph into initializers of the same name; returns how many.
+
+    `merge`: small equal ones become one initializer, of the first's name.
+    """
+    lifted: list[ir.Node] = []
+    first: dict[tuple, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type != "Constant" or not g.is_onnx(node) or node.outputs[0].is_graph_output():
             continue
         old = node.outputs[0]
         tensor = g.tensor_of(old)
         if tensor is None or tensor.dtype == ir.DataType.STRING:  # None: sparse, or an argument of a function
             continue
+        lifted.append(node)
+        key = _small_content(tensor) if merge else None
+        same = None if key is None else first.get(key)
+        if same is not None:
+            old.replace_all_uses_with(same)
+            continue
         # A new tensor, since a clone of the model may share the old one, and naming it would name it there too.
         named = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=old.name)
-        _become_initializer(model.graph, old, named)
-        model.graph.remove(node, safe=True)
-        lifted += 1
-    return lifted
+        new = _become_initializer(model.graph, old, named)
+        if key is not None:
+            first[key] = new
+    model.graph.remove(lifted, safe=True)
+    return len(lifted)
+
+
+def _small_content(tensor: ir.TensorProtocol) -> tuple | None:
+    """What tells a constant from others; None of a large one."""
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.HasField("raw_data"):
+        proto = tensor.raw  # most are of this kind, and decoding them takes longer than everything else here
+        dims = tuple(proto.dims)
+        return (proto.data_type, dims, proto.raw_data) if len(proto.raw_data) <= MERGED_CONSTANT_BYTES else None
+    array = tensor.numpy()
+    return (tensor.dtype, array.shape, array.tobytes()) if array.nbytes <= MERGED_CONSTANT_BYTES else None
 
 
 def fold_constants(
@@ -144,7 +169,7 @@ def _freed_bytes(node: ir.Node, members: set[ir.Node], given: Collection[str]) -
     return total
 
 
-def _become_initializer(graph: ir.Graph, old: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _become_initializer(graph: ir.Graph, old: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     """Give the readers of `old` an initializer with its name; the caller removes the node that made it."""
     new = ir.Value(
         name=old.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -153,6 +178,7 @@ def _become_initializer(graph: ir.Graph, old: ir.Value, tensor: ir.TensorProtoco
     old.const_value = None  # or forgetting the name would take it from the tensor, which a clone may share
     old.name = None
     graph.register_initializer(new)
+    return new
 
 
 def _may_fold(node: ir.Node) -> bool:

@@ -17,10 +17,7 @@ def infer_shapes(model: ir.Model) -> None:
     Symbolic dimensions recorded on computed values are forgotten first: exporters write names there that hold for one
     trace only. A model that inference refuses is left without inferred shapes.
     """
-    for node in model.graph:
-        for value in node.outputs:
-            if value.shape is not None and not value.shape.is_static():
-                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+    forget_names(model)
     result = inferred(without_large(model))
     if result is None:
         return
@@ -38,6 +35,14 @@ def infer_shapes(model: ir.Model) -> None:
                 value.type = ir.TensorType(ir.DataType(known.tensor_type.elem_type))
             if known.tensor_type.HasField("shape"):
                 value.shape = ir.Shape([_dimension(d) for d in known.tensor_type.shape.dim])
+
+
+def forget_names(model: ir.Model) -> None:
+    """Symbolic dimensions recorded on computed values become unknown ones."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
 def _dimension(proto: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:

@@ -25,11 +25,10 @@ _MOVES_ONLY_SHAPE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 def fuse_chains(model: ir.Model, facts: ShapeFacts) -> int:
     """Fuse pairs until none is left; returns how many nodes changed."""
     changed = _split_slices(model, facts)
-    for node in list(model.graph):
-        if node.graph is None or not g.is_onnx(node):
+    for node in facts.nodes(_CASES):
+        if node.graph is None:
             continue
-        case = _CASES.get(node.op_type)
-        if case is not None and node.inputs and node.inputs[0] is not None and case(model, node, facts):
+        if node.inputs and node.inputs[0] is not None and _CASES[node.op_type](model, node, facts):
             changed += 1
     return changed
 
@@ -219,8 +218,8 @@ def _slice(model: ir.Model, node: ir.Node, facts: ShapeFacts) -> bool:
 def _split_slices(model: ir.Model, facts: ShapeFacts) -> int:
     """Two or more slices that cut a value into adjacent pieces along one axis are one Split (opset 2 and later)."""
     by_source: dict[tuple[ir.Value, int], list[tuple[int, int, ir.Node]]] = {}
-    for node in model.graph:
-        if not g.is_onnx(node, "Slice") or node.inputs[0] is None:
+    for node in facts.nodes(("Slice",)):
+        if node.inputs[0] is None:
             continue
         ranges, shape = _ranges(node, facts), facts.shape(node.inputs[0])
         if ranges is None or shape is None or len(ranges) != 1:

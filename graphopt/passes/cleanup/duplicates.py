@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.shapes.constants import NONDETERMINISTIC
+from graphopt.shapes.constants import MERGED_CONSTANT_BYTES, NONDETERMINISTIC
 from graphopt.shapes.facts import ShapeFacts
 
-_MERGED_CONSTANT_BYTES = 1024
-"""Small constants are merged so that the nodes reading them compare equal; large weights keep their names."""
 _MERGED_INDEX_BYTES = 1 << 20
 """Integers of 64 bits are no weights: folding leaves tables of indices, one for every node that reads such a table."""
 
 
-def merge_duplicates(model: ir.Model, facts: ShapeFacts) -> int:
+class ConstantKeys:
+    """What makes two constants the same, read once of each."""
+
+    def __init__(self) -> None:
+        self._keys: dict[ir.Value, tuple | None] = {}
+
+    def of(self, value: ir.Value) -> tuple | None:
+        """Type, shape and content; None of what is no small constant."""
+        if value not in self._keys:
+            self._keys[value] = _constant_key(value)
+        return self._keys[value]
+
+
+def _constant_key(value: ir.Value) -> tuple | None:
+    tensor, shape, dtype = value.const_value, g.static_shape(value), value.dtype
+    if tensor is None or shape is None or dtype is None or dtype == ir.DataType.STRING:
+        return None
+    limit = _MERGED_INDEX_BYTES if dtype == ir.DataType.INT64 else MERGED_CONSTANT_BYTES
+    if math.prod(shape) * dtype.bitwidth > 8 * limit:
+        return None
+    return dtype, shape, tensor.tobytes()
+
+
+def merge_duplicates(model: ir.Model, facts: ShapeFacts, constants: ConstantKeys) -> int:
     """Merge equal constants, equal shape vectors and equal nodes of the main graph; returns nodes removed."""
-    _merge_constants(model.graph)
+    _merge_constants(model.graph, constants)
     return _merge_vectors(model, facts) + _merge_nodes(model)
 
 
-def _merge_constants(graph: ir.Graph) -> None:
+def _merge_constants(graph: ir.Graph, constants: ConstantKeys) -> None:
     first: dict[tuple, ir.Value] = {}
     for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None or value.is_graph_input() or value.is_graph_output() or not value.name:
+        key = constants.of(value)
+        if key is None or value.is_graph_input() or value.is_graph_output() or not value.name:
             continue
-        limit = _MERGED_INDEX_BYTES if tensor.dtype == ir.DataType.INT64 else _MERGED_CONSTANT_BYTES
-        if tensor.nbytes > limit or tensor.dtype == ir.DataType.STRING:
-            continue
-        key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
         kept = first.setdefault(key, value)
         if kept is not value:
             value.replace_all_uses_with(kept)
@@ -40,7 +59,7 @@ def _merge_constants(graph: ir.Graph) -> None:
 def _merge_vectors(model: ir.Model, facts: ShapeFacts) -> int:
     """Integer vectors with equal symbolic contents: Shape(Relu(x)) is Shape(x)."""
     first: dict[tuple, ir.Value] = {}
-    removed = 0
+    removed = []
     for value, content in facts.vectors():
         producer = value.producer()
         if producer is None or producer.graph is not model.graph or not value.uses():
@@ -48,17 +67,17 @@ def _merge_vectors(model: ir.Model, facts: ShapeFacts) -> int:
         key = (value.dtype, content.shape, tuple(content.reshape(-1)))
         kept = first.setdefault(key, value)
         if kept is not value and g.replace_value(value, kept):
-            model.graph.remove(producer, safe=True)
-            removed += 1
-    return removed
+            removed.append(producer)
+    model.graph.remove(removed, safe=True)
+    return len(removed)
 
 
 def _merge_nodes(model: ir.Model) -> int:
     """Nodes are told apart by operator and operands first; attributes are looked at only where those are equal."""
     alone: dict[tuple, ir.Node] = {}
     first: dict[tuple, ir.Node] = {}
-    removed = 0
-    for node in list(model.graph):
+    removed = []
+    for node in model.graph:
         rough = (node.op_type, node.domain, tuple(map(id, node.inputs)))
         other = alone.setdefault(rough, node)
         if other is node:
@@ -72,9 +91,9 @@ def _merge_nodes(model: ir.Model) -> int:
         if any(old.is_graph_output() for old, _ in pairs) and len(pairs) > 1:
             continue
         if all(g.replace_value(old, new) for old, new in pairs):
-            model.graph.remove(node, safe=True)
-            removed += 1
-    return removed
+            removed.append(node)
+    model.graph.remove(removed, safe=True)
+    return len(removed)
 
 
 def _identity(node: ir.Node) -> tuple | None:

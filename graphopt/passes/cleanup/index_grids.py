@@ -29,10 +29,9 @@ from graphopt.shapes.facts import Shape, ShapeFacts
 def drop_index_grids(model: ir.Model, facts: ShapeFacts) -> int:
     """Write a Reshape for every such GatherND and Gather of the main graph; returns how many."""
     found = 0
-    for node in list(model.graph):
-        if g.is_onnx(node, "GatherND", "Gather"):
-            after = _all_in_order(node, facts) if node.op_type == "GatherND" else _all_in_sum(node, facts)
-            found += after is not None and _rewritten(model, node, after, facts)
+    for node in facts.nodes(("GatherND", "Gather")):
+        after = _all_in_order(node, facts) if node.op_type == "GatherND" else _all_in_sum(node, facts)
+        found += after is not None and _rewritten(model, node, after, facts)
     return found
 
 

@@ -24,15 +24,15 @@ _ADDRESSABLE = 2**47
 
 def drop_redundant(model: ir.Model, facts: ShapeFacts) -> int:
     """Bypass and remove nodes that reduce to one of their inputs; returns how many went."""
-    dropped = 0
-    for node in list(model.graph):
-        if not g.is_onnx(node) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+    dropped = []
+    for node in facts.nodes(_CASES):
+        if len(node.outputs) > 1 and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
             continue
         same = reduces_to(node, facts)
         if same is not None and g.replace_value(node.outputs[0], same):
-            model.graph.remove(node, safe=True)
-            dropped += 1
-    return dropped
+            dropped.append(node)
+    model.graph.remove(dropped, safe=True)
+    return len(dropped)
 
 
 def reduces_to(node: ir.Node, facts: ShapeFacts) -> ir.Value | None:
@@ -158,7 +158,7 @@ def _neutral(element: float, either_side: bool) -> Callable[[ir.Node, ShapeFacts
         if len(node.inputs) != 2:
             return None
         for kept, other in ((0, 1), (1, 0)) if either_side else ((0, 1),):
-            value, constant = node.inputs[kept], g.constant_of(node.inputs[other])
+            value, constant = node.inputs[kept], facts.constant(node.inputs[other])
             if value is None or constant is None or constant.size == 0 or constant.flat[0] != element:
                 continue
             if not np.all(constant == element):

@@ -28,12 +28,9 @@ def spell_vectors(model: ir.Model, facts: ShapeFacts) -> int:
     """Rewrite the Concats of shape vectors in the main graph; returns how many were."""
     singles: dict[Size, ir.Value] = {}
     rewritten = 0
-    for node in list(model.graph):
-        if len(node.outputs) != 1 or node.outputs[0].dtype != ir.DataType.INT64:
-            continue
-        value = node.outputs[0]
-        content = facts.content(value)
-        if content is None or content.ndim != 1:
+    for value, content in facts.vectors():
+        node = value.producer()
+        if node is None or node.graph is not model.graph or value.dtype != ir.DataType.INT64 or content.ndim != 1:
             continue
         if len(content) == 1:
             singles.setdefault(content[0], value)
@@ -47,8 +44,8 @@ def read_single_dimensions(model: ir.Model, facts: ShapeFacts) -> int:
     gone = 0
     if g.opset_of(model) < _SHAPE_WITH_BOUNDS:
         return 0
-    for node in list(model.graph):
-        if node.graph is None or not g.is_onnx(node, "Gather") or node.outputs[0].is_graph_output():
+    for node in facts.nodes(("Gather",)):
+        if node.outputs[0].is_graph_output():
             continue
         number = node.outputs[0]
         opened = [
