@@ -112,21 +112,22 @@ class Simplify(Pass):
         given = frozenset(model.graph.initializers)
         declared = [(v.shape, v.type) for v in model.graph.outputs]
         with g.remembering_names(model.graph), g.collection_paused():
-            for _ in range(_MOST_ROUNDS):
-                if self._settled(model, given):
+            for attempt in range(_MOST_ROUNDS):
+                if self._settled(model, given, partly=attempt == 0):
                     break
             else:
                 raise PassError(f"simplify does not settle in {_MOST_ROUNDS} rounds", hint="please report the model")
         for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
             value.shape, value.type = shape, type_
 
-    def _settled(self, model: ir.Model, given: frozenset[str]) -> bool:
-        """Infer shapes, which is dear, then do what follows from them until nothing changes.
+    def _settled(self, model: ir.Model, given: frozenset[str], partly: bool) -> bool:
+        """Infer shapes, then do what follows from them until nothing changes.
 
-        False where more may be inferred now: something changed, and there are shapes yet to be learnt.
+        False where more may be inferred now: there are shapes yet to be learnt, and something changed, or they were
+        inferred only `partly`, which is enough for many models and takes far less time.
         """
         changed = lift_constants(model, merge=True)
-        facts, constants = infer_facts(model), ConstantKeys()
+        facts, constants = infer_facts(model, partly), ConstantKeys()
         for _ in range(_MOST_ROUNDS):
             step = store_known_vectors(model, facts)
             step += fold_constants(model, self.max_folded_bytes, given)
@@ -139,7 +140,7 @@ class Simplify(Pass):
             step += _remove_unused(model)
             changed += step
             if not step:
-                return not changed or facts.are_complete(model)
+                return facts.are_complete(model) or not (changed or partly)
             facts.update(model)
         return False
 

@@ -208,10 +208,15 @@ def _recorded_shape(value: ir.Value) -> Shape | None:
     return tuple(_size(d, f"{value.name}#{axis}") for axis, d in enumerate(value.shape))
 
 
+def is_name(text: str) -> bool:
+    """Whether a dimension of a file that is called so is one that has a name: not "?" and the like."""
+    return _NAME.fullmatch(text) is not None and text.lower() not in _NAMELESS
+
+
 def _size(dimension: int | ir.SymbolicDim, anonymous: str) -> Size:
     if isinstance(dimension, int):
         return dimension
     name = dimension.value
-    if name and _NAME.fullmatch(name) and name.lower() not in _NAMELESS:
+    if name and is_name(name):
         return Dim.named(name)
     return Dim.named(f"#{anonymous}")

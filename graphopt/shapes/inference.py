@@ -18,27 +18,29 @@ import onnx_ir as ir
 
 from graphopt import graph as g
 from graphopt.shapes.dimensions import Dim
-from graphopt.shapes.facts import ShapeFacts
+from graphopt.shapes.facts import ShapeFacts, is_name
 from graphopt.shapes.onnx_inference import forget_names, infer_shapes
 
 Rule = tuple[int, ...] | ir.DataType | str | None
 """Of an output's type: that of the first of these inputs that is given; always this; that in an attribute; no rule."""
 
-_IN_ATTRIBUTE = {"Cast": "to"}
+_IN_ATTRIBUTE = {"Cast": ("to", None), "ConstantOfShape": ("value", ir.DataType.FLOAT)}
+"""Where the type is written, and what it is where nothing is."""
 _TENSOR = {f"tensor({name.lower()})": ir.DataType[name] for name in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "BOOL")}
 _TENSOR |= {f"tensor({name.lower()})": ir.DataType[name] for name in ("INT8", "INT16", "INT32", "INT64")}
 _TENSOR |= {f"tensor({name.lower()})": ir.DataType[name] for name in ("UINT8", "UINT16", "UINT32", "UINT64")}
 
 
-def infer_facts(model: ir.Model) -> ShapeFacts:
+def infer_facts(model: ir.Model, partly: bool = False) -> ShapeFacts:
     """Write the types and shapes of the main graph's computed values; returns what is known of them.
 
-    The declared outputs may change too. Names of dimensions that are recorded on computed values are forgotten first.
+    `partly`: own rules are enough where they give all types, though some shapes stay unknown. The declared outputs may
+    change too. Names of dimensions that are recorded on computed values are forgotten first.
     """
     if _write_types(model):
         forget_names(model)
         facts = ShapeFacts(model)
-        if facts.are_complete(model):
+        if partly or facts.are_complete(model):
             _write_shapes(model, facts)
             return facts
     infer_shapes(model)
@@ -68,8 +70,8 @@ def _applied(rule: Rule, node: ir.Node) -> ir.DataType | None:
     if isinstance(rule, ir.DataType):
         return rule
     if isinstance(rule, str):
-        found = g.attribute(node, rule, None)
-        return None if found is None else ir.DataType(found)
+        found = g.attribute(node, rule, _IN_ATTRIBUTE[node.op_type][1])
+        return found.dtype if isinstance(found, ir.TensorProtocol) else None if found is None else ir.DataType(found)
     for place in rule or ():
         value = g.input_of(node, place)
         if value is not None:
@@ -97,7 +99,7 @@ def _rules(op_type: str, version: int) -> tuple[Rule, ...] | None:
         elif places and output.is_homogeneous:
             rules.append(places)
         else:
-            rules.append(_IN_ATTRIBUTE.get(op_type))
+            rules.append(_IN_ATTRIBUTE[op_type][0] if op_type in _IN_ATTRIBUTE else None)
     return tuple(rules) or None
 
 
@@ -117,4 +119,5 @@ def _write_shapes(model: ir.Model, facts: ShapeFacts) -> None:
 def _named(size: Dim) -> ir.SymbolicDim:
     """A dimension that is one of the model's inputs keeps its name; what is computed from them has none."""
     (monomial, factor), *more = size.terms.items()
-    return ir.SymbolicDim(monomial[0] if not more and factor == 1 and len(monomial) == 1 else None)
+    plain = not more and factor == 1 and len(monomial) == 1 and is_name(monomial[0])
+    return ir.SymbolicDim(monomial[0] if plain else None)

@@ -273,8 +273,8 @@ def _reshape(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
 
 
 def _window(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
-    """Conv and pooling with explicit padding: floor((size + pads - dilation*(kernel-1) - 1)/stride) + 1."""
-    if g.attribute(node, "auto_pad", "NOTSET") != "NOTSET" or g.attribute(node, "ceil_mode", 0):
+    """Conv and pooling: floor((size + pads - dilation*(kernel-1) - 1)/stride) + 1, or ceil(size/stride) for SAME."""
+    if g.attribute(node, "ceil_mode", 0):
         return None
     spatial = len(data) - 2
     weight = facts.shape(g.input_of(node, 1)) if node.op_type == "Conv" else None
@@ -285,13 +285,71 @@ def _window(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
         return None
     strides = g.attribute(node, "strides", (1,) * spatial)
     dilations = g.attribute(node, "dilations", (1,) * spatial)
-    pads = g.attribute(node, "pads", (0,) * (2 * spatial))
+    padding = g.attribute(node, "auto_pad", "NOTSET")
+    pads = g.attribute(node, "pads", (0,) * (2 * spatial)) if padding == "NOTSET" else (0,) * (2 * spatial)
     sizes: list[Size] = [data[0], weight[0] if weight else data[1]]
     for axis in range(spatial):
+        if padding in ("SAME_UPPER", "SAME_LOWER"):
+            sizes.append(floor_divide(data[2 + axis] + (strides[axis] - 1), strides[axis]))
+            continue
         reach = dilations[axis] * (kernel[axis] - 1) + 1
         room = data[2 + axis] + (pads[axis] + pads[axis + spatial] - reach)
         sizes.append(floor_divide(room, strides[axis]) + 1)
     return tuple(sizes)
+
+
+def _global_window(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
+    return (*data[:2], *[1] * (len(data) - 2)) if len(data) > 2 else None
+
+
+def _gemm(facts: ShapeFacts, node: ir.Node, left: Shape) -> Shape | None:
+    right = facts.shape(node.inputs[1])
+    if right is None or len(left) != 2 or len(right) != 2:
+        return None
+    return left[1 if g.attribute(node, "transA", 0) else 0], right[0 if g.attribute(node, "transB", 0) else 1]
+
+
+def _resized(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
+    """By constant scales, floor(size * scale) in float32, or to sizes; on all axes."""
+    if {"axes", "keep_aspect_ratio_policy"} & node.attributes.keys():
+        return None
+    if g.attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return None
+    if g.input_of(node, 3) is not None:
+        target = facts.content(node.inputs[3])
+        return tuple(target) if target is not None and target.shape == (len(data),) else None
+    scales = facts.constant(g.input_of(node, 1 if len(node.inputs) == 2 else 2))  # two inputs up to opset 10
+    if scales is None or scales.shape != (len(data),):
+        return None
+    sizes: list[Size] = []
+    for size, scale in zip(data, scales.astype(np.float32), strict=True):
+        if isinstance(size, int):
+            sizes.append(int(np.floor(np.float32(size) * scale)))
+        elif scale == np.floor(scale) and scale >= 1:
+            sizes.append(size * int(scale))
+        else:
+            return None
+    return tuple(sizes)
+
+
+def _depth_to_space(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
+    """And SpaceToDepth, its inverse."""
+    block = g.attribute(node, "blocksize", 0)
+    if len(data) != 4 or block < 1:
+        return None
+    batch, channels, height, width = data
+    if node.op_type == "DepthToSpace":
+        return batch, floor_divide(channels, block * block), height * block, width * block
+    return batch, channels * (block * block), floor_divide(height, block), floor_divide(width, block)
+
+
+def _index_of_extreme(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
+    """ArgMax and ArgMin."""
+    axis = g.attribute(node, "axis", 0)
+    if not -len(data) <= axis < len(data):
+        return None
+    axis %= len(data)
+    return (*data[:axis], *[1] * bool(g.attribute(node, "keepdims", 1)), *data[axis + 1 :])
 
 
 def _transposed_window(facts: ShapeFacts, node: ir.Node, data: Shape) -> Shape | None:
@@ -343,33 +401,46 @@ def _of_known(rule: Callable[[ShapeFacts, ir.Node, Shape], Shape | None]) -> Rul
 
 _KEEPS_SHAPE = frozenset(
     {
-        "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp",
-        "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN",
-        "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear",
-        "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid", "Sign", "Sin",
-        "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+        "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BatchNormalization", "BitwiseNot", "Cast", "Ceil",
+        "Celu", "Clip", "Cos", "Cosh", "CumSum", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu",
+        "GroupNormalization", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "InstanceNormalization", "IsInf",
+        "IsNaN", "LRN", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "LpNormalization",
+        "MeanVarianceNormalization", "Mish", "Neg", "Not", "PRelu", "QuantizeLinear", "RMSNormalization", "Reciprocal",
+        "Relu", "RotaryEmbedding", "Round", "ScatterElements", "ScatterND", "Selu", "Shrink", "Sigmoid", "Sign", "Sin",
+        "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu",
     }
 )  # fmt: skip
 _BROADCASTS = frozenset(
-    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod",
-     "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"}
+    {
+        "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
+        "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor",
+    }
 )  # fmt: skip
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 _OF_KNOWN = {
+    "ArgMax": _index_of_extreme,
+    "ArgMin": _index_of_extreme,
     "AveragePool": _window,
     "Concat": _concat,
     "Conv": _window,
     "ConvTranspose": _transposed_window,
+    "DepthToSpace": _depth_to_space,
     "Expand": _expanded,
     "Flatten": _flattened,
     "Gather": _gathered,
     "GatherElements": _gathered_elements,
     "GatherND": _gathered_slices,
+    "Gemm": _gemm,
+    "GlobalAveragePool": _global_window,
+    "GlobalLpPool": _global_window,
+    "GlobalMaxPool": _global_window,
     "MatMul": _product,
     "MaxPool": _window,
     "Pad": _padded,
     "Reshape": _reshape,
+    "Resize": _resized,
     "Slice": _sliced,
+    "SpaceToDepth": _depth_to_space,
     "Squeeze": _axes_changed,
     "Tile": _tiled,
     "Transpose": _transposed,
