@@ -31,8 +31,7 @@ from graphopt.passes.fusion import attention, bias, depth_to_space, gelu, normal
 from graphopt.passes.fusion.opset import raise_opset, refusal
 from graphopt.passes.fusion.pattern import Fusion, View, is_closed, replace
 from graphopt.passes.simplify import Simplify
-from graphopt.shapes.facts import ShapeFacts
-from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.shapes.inference import infer_facts
 
 PATTERNS = (depth_to_space, bias, normalization, gelu, rotary_embedding, attention, swish)
 """In the order they are tried. The last one only where its opset is asked for, whatever the model's is."""
@@ -57,18 +56,17 @@ class FuseOperators(Pass):
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """Fuse what can be fused; `applied` is the number of operators written anew."""
         declared = [(v.shape, v.type) for v in model.graph.outputs]
-        infer_shapes(model)
+        facts = infer_facts(model)
         for value, (shape, type_) in zip(model.graph.outputs, declared, strict=True):
             value.shape, value.type = shape, type_
         limit, reasons = self._limit(model)
         before, applied, needed = len(model.graph), 0, g.opset_of(model)
         shared: dict = {}
         with g.remembering_names(model.graph), g.collection_paused():
-            facts = ShapeFacts(model)
             for pattern in PATTERNS if self.max_opset >= swish.OPSET else PATTERNS[:-1]:
                 found = _apply(pattern, View(model, facts, limit, shared))
                 if found:
-                    facts = ShapeFacts(model)
+                    facts.update(model)
                 applied += len(found)
                 needed = max([needed, *(fusion.opset for fusion in found)])
         if not applied:

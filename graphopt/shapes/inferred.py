@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from graphopt.shapes.constants import fold_constants, lift_constants
 from graphopt.shapes.facts import ShapeFacts, store_known_vectors
-from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.shapes.inference import infer_facts
 
 _MOST_ROUNDS = 50
 _FOLDED_BYTES = 1 << 20
@@ -25,8 +25,7 @@ def inferred_shapes(model: ir.Model) -> dict[str, tuple[int | None, ...]]:
     found: dict[str, tuple[int | None, ...]] = {}
     lift_constants(scratch)
     for _ in range(_MOST_ROUNDS):
-        infer_shapes(scratch)
-        facts = ShapeFacts(scratch)
+        facts = infer_facts(scratch)
         _record(scratch, facts, found)
         if not store_known_vectors(scratch, facts) + fold_constants(scratch, _FOLDED_BYTES, computed=found):
             break

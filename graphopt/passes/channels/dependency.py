@@ -23,8 +23,7 @@ from graphopt import graph as g
 from graphopt.passes.channels.classes import Classes
 from graphopt.passes.channels.edits import Edit, SliceConstant
 from graphopt.shapes.dimensions import Dim, Size
-from graphopt.shapes.facts import ShapeFacts
-from graphopt.shapes.onnx_inference import infer_shapes
+from graphopt.shapes.inference import infer_facts
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class ChannelGraph:
         self.writes: list[Site] = []
         """Where weights have a slice for each channel of the output, depthwise convolutions included."""
         scratch = model.clone()
-        infer_shapes(scratch)
-        facts = ShapeFacts(scratch)
+        facts = infer_facts(scratch)
         self._shapes: dict[str, tuple[Size, ...] | None] = {
             str(v.name): facts.shape(v) for n in scratch.graph for v in (*n.inputs, *n.outputs) if v is not None
         }
