@@ -170,12 +170,11 @@ def _remove_dead(graph: ir.Graph) -> bool:
     """
     more, found = False, []
     for node in graph:
-        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+        read = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
+        if not any(read):
             found.append(node)
         elif not more:
-            more = g.holds_subgraphs(node) or any(
-                v.name and not v.uses() and not v.is_graph_output() for v in node.outputs[1:]
-            )
+            more = not all(read) or g.holds_subgraphs(node)
     while found:
         producers = {v.producer() for node in found for v in node.inputs if v is not None}
         graph.remove(found, safe=True)
