@@ -28,11 +28,14 @@ demo: $(VENV)/.installed
 	  --calib examples/digits/calib.npz --eval examples/digits/eval.npz \
 	  --threads 1 --tune-seconds 20 --measure-seconds 10 --overwrite
 
+# Files side by side, one a processor: the tests of one file share what they build.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m 'not long'
+	$(PYTEST) -m 'not long'
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Hostile model files, for the night; CASES=N for fewer, SEED=N for others.
 CASES ?= 20000

@@ -44,6 +44,7 @@ def test_all_of_it(known, engine):
     assert not [(o.name, o.detail) for o in outcomes if o.status == "failed"]
 
 
+@pytest.mark.long
 def test_a_worker_that_crashes_or_hangs_costs_one_test(known):
     worker = suite.Worker("passes", seconds=0.0)
     found = worker.run("test_abs")

@@ -56,6 +56,7 @@ def test_what_is_delivered_keeps_the_bound_and_is_no_slower_than_plain_int8(foun
             assert variant.within_bound and variant.drop <= 1.0
 
 
+@pytest.mark.long
 def test_the_front_is_written_and_each_point_can_be_made_again(found, home, monkeypatch):
     monkeypatch.setenv("GRAPHOPT_CACHE", str(home / "cache"))
     front = json.loads((home / "out" / "pareto.json").read_text())
@@ -84,6 +85,7 @@ def test_the_front_is_written_and_each_point_can_be_made_again(found, home, monk
     assert again["accuracy"]["value"] == point["accuracy"]
 
 
+@pytest.mark.long
 def test_the_recipe_replays_what_was_delivered_without_a_search(found, home, monkeypatch):
     monkeypatch.setenv("GRAPHOPT_CACHE", str(home / "cache"))
     recipe = read_recipe(home / "out" / "recipe.toml")
