@@ -171,13 +171,7 @@ def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
 def _in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
-            if attribute.type not in _HOLD_NO_TENSORS:  # what is of another type than it says is never read
-                yield from _in_attribute(attribute)
-
-
-_HOLD_NO_TENSORS = frozenset(
-    onnx.AttributeProto.AttributeType.Value(name) for name in ("INT", "INTS", "FLOAT", "FLOATS", "STRING", "STRINGS")
-)
+            yield from _in_attribute(attribute)
 
 
 def _in_attribute(attribute: onnx.AttributeProto) -> Iterator[TensorProto]:

@@ -123,14 +123,6 @@ def subgraphs_of(node: ir.Node) -> list[ir.Graph]:
     return found
 
 
-def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Of the graph and its subgraphs: as `graph.all_nodes()`, and a good deal faster where there are no subgraphs."""
-    for node in graph:
-        yield node
-        for inner in subgraphs_of(node):
-            yield from all_nodes(inner)
-
-
 def replace_value(old: ir.Value, new: ir.Value) -> bool:
     """Make every reader of `old` read `new`; the caller removes the node that made `old`.
 
@@ -236,7 +228,7 @@ def remove_unused_initializers(graph: ir.Graph) -> int:
 
 def count_nodes(graph: ir.Graph) -> int:
     """Nodes of the graph and its subgraphs that compute something: Constant nodes are not counted."""
-    return sum(node.op_type != "Constant" for node in all_nodes(graph))
+    return sum((node.op_type != "Constant") + sum(map(count_nodes, subgraphs_of(node))) for node in graph)
 
 
 def label(node: ir.Node) -> str:

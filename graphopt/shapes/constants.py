@@ -52,7 +52,7 @@ def lift_constants(model: ir.Model, merge: bool = False) -> int:
         if tensor is None or tensor.dtype == ir.DataType.STRING:  # None: sparse, or an argument of a function
             continue
         lifted.append(node)
-        key = _small_content(tensor) if merge else None
+        key = small_content(tensor, MERGED_CONSTANT_BYTES) if merge else None
         same = None if key is None else first.get(key)
         if same is not None:
             old.replace_all_uses_with(same)
@@ -66,14 +66,17 @@ def lift_constants(model: ir.Model, merge: bool = False) -> int:
     return len(lifted)
 
 
-def _small_content(tensor: ir.TensorProtocol) -> tuple | None:
-    """What tells a constant from others; None of a large one."""
+def small_content(tensor: ir.TensorProtocol, limit: int) -> tuple | None:
+    """Type, shape and bytes of a constant, which tell it from others; None of text and of more than `limit` bytes."""
     if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.HasField("raw_data"):
         proto = tensor.raw  # most are of this kind, and decoding them takes longer than everything else here
         dims = tuple(proto.dims)
-        return (proto.data_type, dims, proto.raw_data) if len(proto.raw_data) <= MERGED_CONSTANT_BYTES else None
-    array = tensor.numpy()
-    return (tensor.dtype, array.shape, array.tobytes()) if array.nbytes <= MERGED_CONSTANT_BYTES else None
+        if math.prod(dims) > 4 * limit:  # of two bits; looking at raw_data copies it
+            return None
+        return (proto.data_type, dims, proto.raw_data) if len(proto.raw_data) <= limit else None
+    if tensor.dtype == ir.DataType.STRING or tensor.nbytes > limit:
+        return None
+    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
 
 
 def fold_constants(

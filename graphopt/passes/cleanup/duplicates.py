@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graph as g
-from graphopt.shapes.constants import MERGED_CONSTANT_BYTES, NONDETERMINISTIC
+from graphopt.shapes.constants import MERGED_CONSTANT_BYTES, NONDETERMINISTIC, small_content
 from graphopt.shapes.facts import ShapeFacts
 
 _MERGED_INDEX_BYTES = 1 << 20
@@ -29,13 +27,8 @@ class ConstantKeys:
 
 
 def _constant_key(value: ir.Value) -> tuple | None:
-    tensor, shape, dtype = value.const_value, g.static_shape(value), value.dtype
-    if tensor is None or shape is None or dtype is None or dtype == ir.DataType.STRING:
-        return None
-    limit = _MERGED_INDEX_BYTES if dtype == ir.DataType.INT64 else MERGED_CONSTANT_BYTES
-    if math.prod(shape) * dtype.bitwidth > 8 * limit:
-        return None
-    return dtype, shape, tensor.tobytes()
+    limit = _MERGED_INDEX_BYTES if value.dtype == ir.DataType.INT64 else MERGED_CONSTANT_BYTES
+    return None if value.const_value is None else small_content(value.const_value, limit)
 
 
 def merge_duplicates(model: ir.Model, facts: ShapeFacts, constants: ConstantKeys) -> int:
